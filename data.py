@@ -1,0 +1,948 @@
+"""What goes into sophia_min and what comes out."""
+import base64
+import functools
+import html
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import string
+import struct
+import tempfile
+import unicodedata
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from itertools import groupby
+from pathlib import Path
+from reprlib import repr as show  # any value on one short line, nesting cut: a row may hold anything
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+# The paper's five criteria of good thinking (Table 4), in our words: the judge is asked for them, the toy's oracle
+# computes them.
+CRITERIA = {
+    "logical soundness": "each step follows from the steps before",
+    "correct reasoning": "facts and methods are right, as the picture shows them",
+    "error identification": "no flaw, no guess, no unsupported assumption",
+    "language consistency": "one language throughout",
+    "redundancy": "concise, nothing said twice",
+}
+
+
+# ---------------------------------------------------------------- rows and pictures
+
+PROBLEM_TYPES = ("numerical", "multiple choice", "OCR", "free-form", "text")  # paper, section 3.1
+
+PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has more: an .eps starts Ghostscript
+# How a whole file ends; for WEBP Pillow compares the length in the header when it opens the file.
+PICTURE_END = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\0;", "WEBP": b""}
+# What Pillow raises on damaged files, found by changing bytes at random: there is no common base class.
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, struct.error, Image.DecompressionBombError)
+TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+        6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # EXIF orientation -> upright
+
+LABEL = re.compile(r"^\(?([A-Za-z])\s*[.):]\s*")  # how an option starts: "A. dog", "(A) dog", "a) dog", "A: dog"
+CHOSEN = re.compile(r"\W*[A-Za-z](\W+(and\W+)?[A-Za-z])*\W*")  # "B", "(b)", "A,C", "A and C"
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data; the message is all that they need: what, where, and what next."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question of the training set, checked."""
+    id: str
+    problem: str
+    problem_type: str  # one of PROBLEM_TYPES
+    options: tuple[str, ...]  # () where there is nothing to choose
+    solution: str  # the truth, without <answer> tags
+    image: str | None  # a path, None for a text-only question
+    source: str
+    soundness: Callable[[str], float] | None = field(default=None, compare=False, repr=False)  # the toy's oracle
+
+
+@contextmanager
+def _pillow(path):
+    try:
+        with Image.open(path, formats=PICTURE_FORMATS) as picture:
+            yield picture
+    except PICTURE_ERRORS as error:
+        raise DataError(f"path: {str(path)!r} can't be read as a picture: {error!r}") from error
+
+
+def open_picture(path: str | os.PathLike) -> Image.Image:
+    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame.
+
+    16-bit grey keeps its range: 65535 is white (255 is, if no value is above it).
+    Raises DataError, naming the file, if it can't be decoded."""
+    with _pillow(path) as picture:
+        picture.load()
+        try:
+            turn = TURN.get(picture.getexif().get(0x112))  # ImageOps.exif_transpose dies of other, odd tags
+        except SyntaxError:
+            turn = None  # unreadable EXIF: viewers show the picture as stored, and so do we
+        if picture.mode == "F" or picture.mode.startswith("I"):  # 16 or 32 bits: convert("RGB") would clip at 255
+            values = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0)
+            low, high = values.min(), values.max()  # in 32 bits nothing says what white is: show the picture's range
+            if picture.mode != "F" and 0 <= low and high <= 65535:
+                # 16-bit grey, which Pillow hands out as "I;16" or (PGM) as "I"; or 8-bit grey, stored wide
+                low, high = 0, 65535 if high > 255 else 255
+            grey = ((values - low) / (high - low or 1) * 255).round().astype(np.uint8)
+            grey[values == picture.info.get("transparency")] = 255
+            rgb = Image.fromarray(grey).convert("RGB")
+        elif picture.has_transparency_data:
+            rgba = picture.convert("RGBA")
+            rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        else:
+            rgb = picture.convert("RGB")
+        return rgb.transpose(turn) if turn is not None else rgb
+
+
+def check_picture(root: str, name: str, max_aspect: float, max_image_pixels: int, min_side: int) -> str:
+    """The real path of picture `name` (a row's path) in the folder `root`; DataError if training couldn't use it.
+
+    Reads the header and the last bytes (0.1 ms): damage in the middle of a file shows only in `open_picture`."""
+    file = os.path.realpath(os.path.join(root, name))  # realpath: a link could lead anywhere
+    if os.path.isabs(name) or ".." in name.split("/") or not file.startswith(os.path.join(root, "")):
+        raise DataError(f"path: {name!r} must stay inside {root!r}: no absolute path, no '..', no link out of it")
+    if not os.path.isfile(file):
+        raise DataError(f"path: there is no file {name!r} in {root!r}")
+    with _pillow(file) as picture, open(file, "rb") as stream:
+        (width, height), kind = picture.size, picture.format
+        stream.seek(-8, os.SEEK_END)  # the smallest file that Pillow opens, a PPM, has 8 bytes
+        end = stream.read()
+    if min(width, height) < min_side:
+        raise DataError(f"path: {name!r} has {width} x {height} pixels, less than {min_side} on a side")
+    if width * height > max_image_pixels:  # before anything decodes it: 18 KB can hold 144 megapixels
+        raise DataError(f"path: {name!r} has {width} x {height} pixels, more than {max_image_pixels:,} in all")
+    if max(width, height) > max_aspect * min(width, height):
+        raise DataError(f"path: {name!r} has {width} x {height} pixels, an aspect ratio above {max_aspect}")
+    # A truncated file has a fine header. One that ends as it should is whole; any other is decoded to be sure, as
+    # some cameras append data of their own.
+    if not end.endswith(PICTURE_END.get(kind, ())):
+        open_picture(file)
+    return file
+
+
+def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None = None, *, skip_bad: bool = False,
+                  skipped_path: str | os.PathLike | None = None, max_aspect: float = 200,  # the image processor's
+                  max_image_pixels: int = 100_000_000, min_side: int = 1,  # ours
+                  bar: bool = True) -> Sequence[Example]:
+    """Read rows in the paper's format (section 3.1) from .json, a list, or .jsonl, one a line, and check them all.
+
+    image_root: the folder that the rows' paths start from (default: the file's). The pixels stay in their files.
+    skip_bad: leave bad rows out, say how many, and list them with the reason in skipped_path (default: skipped.jsonl
+    beside the file). Rows count from 1; in a .jsonl file a row's number is its line.
+    Raises DataError if the file can't be read, a row is bad (without skip_bad), or no row is left."""
+    path = Path(path)
+    root = os.path.realpath(path.parent if image_root is None else image_root)
+    if not os.path.isdir(root):
+        raise DataError(f"image_root: {root!r} is not a folder")
+    rows, examples, bad, ids = _read_rows(path), [], [], {}
+
+    # cached: many questions share a picture
+    find_picture = functools.cache(lambda name: check_picture(root, name, max_aspect, max_image_pixels, min_side))
+    for number, row in tqdm(rows, desc="checking rows", delay=1, leave=False, disable=not bar):
+        try:
+            if path.suffix.lower() == ".jsonl":
+                row = _parse(row)
+            examples.append(_check_row(row, number, ids, find_picture))
+        except DataError as error:
+            name = show(row["problem_id"]) if isinstance(row, dict) and "problem_id" in row else "no id"
+            bad.append({"reason": f"{path}: row {number} ({name}): {error}", "row": row})
+
+    report = [f"{path}: {len(bad)} of {len(rows)} rows are bad", *(entry["reason"] for entry in bad[:20])]
+    if len(bad) > 20:
+        report.append(f"... and {len(bad) - 20} more")
+    if bad and not skip_bad:
+        raise DataError("\n".join([*report, "Correct them, or leave them out with --skip_bad."]))
+    if bad:
+        skipped = path.with_name("skipped.jsonl") if skipped_path is None else Path(skipped_path)
+        try:
+            write_atomic(skipped, "".join(json.dumps(entry) + "\n" for entry in bad))
+        except (OSError, RecursionError) as error:  # a row nested as deep as can just be read can't be written
+            raise DataError(f"the list of bad rows can't be written, give it another place: {error}") from error
+        print(f"{path}: left out {len(bad)} of {len(rows)} rows, listed in {skipped}")
+    if not examples:
+        raise DataError("\n".join([*report, "No row is left: correct them, or give another file."]))
+    return examples
+
+
+def _read_rows(path: Path) -> list[tuple[int, object]]:
+    """Numbered rows: parsed for .json, still text for .jsonl, where a broken line is one bad row."""
+    if path.is_dir() or path.suffix.lower() not in (".json", ".jsonl"):
+        raise DataError(f"{path}: must be one .json or .jsonl file; save parquet's pictures as files, and its rows "
+                        "with pandas: read_parquet(...).to_json('rows.jsonl', orient='records', lines=True)")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: can't be read as UTF-8 text: {error}") from error
+    if path.suffix.lower() == ".jsonl":  # not splitlines(), which also cuts at U+2028 inside a string
+        rows = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    else:
+        try:
+            content = _parse(text) if text.strip() else []
+        except DataError as error:
+            raise DataError(f"{path}: {error}; if it has one row a line, call it .jsonl") from error
+        if not isinstance(content, list):
+            raise DataError(f"{path}: must hold a list of rows, not {show(content)}")
+        rows = list(enumerate(content, 1))
+    if not rows:
+        raise DataError(f"{path}: is empty, it has no rows")
+    return rows
+
+
+def _parse(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: a number of 5,000 digits, [[[[...
+        raise DataError(f"broken JSON: {error}") from error
+
+
+def _text(row: dict, name: str) -> str:
+    if name not in row:
+        raise DataError(f"{name}: is missing")
+    if not isinstance(row[name], str) or not row[name].strip():
+        raise DataError(f"{name}: must be text, is {show(row[name])}")
+    if re.search("[\0\ud800-\udfff]", row[name]):  # half a character: tokenizers and file systems raise
+        raise DataError(f"{name}: holds a lone surrogate or a zero byte: {show(row[name])}")
+    return row[name]
+
+
+def _check_row(row: object, number: int, ids: dict[str, int], find_picture: Callable[[str], str]) -> Example:
+    """One row as an Example; DataError, "field: what is wrong", at its first fault. Adds the row's id to `ids`."""
+    if not isinstance(row, dict):
+        raise DataError(f"row: must be an object with the paper's fields, is {show(row)}")
+    # type() is int: true is an int too for isinstance
+    id = str(row["problem_id"]) if type(row.get("problem_id")) is int else _text(row, "problem_id")
+    if ids.setdefault(id, number) != number:
+        raise DataError(f"problem_id: row {ids[id]} has it already")
+    for name, known in (("problem_type", PROBLEM_TYPES), ("data_type", ("image", "text"))):
+        if _text(row, name) not in known:
+            raise DataError(f"{name}: {show(row[name])} is not one of {', '.join(known)}")
+
+    problem, solution = _text(row, "problem"), _text(row, "solution")
+    if tagged := re.search("(?is)<answer>(.*)</answer>", solution):
+        solution = tagged[1]
+    if not solution.strip() or re.search("(?i)</?answer>", solution):
+        raise DataError(f"solution: must hold one answer, is {show(row['solution'])}")
+    options = [] if row.get("options") is None else row["options"]  # exports write null for an empty list
+    if not isinstance(options, list):
+        raise DataError(f"options: must be a list, is {show(options)}")
+    options = [_text({"options": option}, "options").strip() for option in options]
+    if row["problem_type"] == "multiple choice":
+        _check_choice(solution.strip(), options)
+
+    if row["data_type"] == "text" and row.get("path"):
+        raise DataError(f"path: is {show(row['path'])}, but data_type is text")
+    image = find_picture(_text(row, "path")) if row["data_type"] == "image" else None
+    source = _text(row, "data_source") if row.get("data_source") else ""
+    return Example(id, problem, row["problem_type"], tuple(options), solution.strip(), image, source)
+
+
+def _check_choice(truth: str, options: list[str]) -> None:
+    """DataError if the options are no choice, or the truth is surely not among them; in doubt it passes."""
+    if len(set(options)) < max(2, len(options)):
+        raise DataError(f"options: must be two or more, all different, are {show(options)}")
+    letters = {label[1].upper() for label in map(LABEL.match, options) if label}
+    letters |= set(string.ascii_uppercase[:len(options)])
+    known, text = {option.casefold() for o in options for option in (o, LABEL.sub("", o, count=1))}, truth.casefold()
+    if text in known:
+        return
+    if named := CHOSEN.fullmatch(truth) or LABEL.match(truth):  # "B", "A,C", "B. cat"
+        beyond = set(re.findall(r"\b[A-Z]\b", named[0].upper())) - letters
+        if beyond:
+            raise DataError(f"solution: {', '.join(sorted(beyond))} is beyond the options {''.join(sorted(letters))}")
+    elif not (any(option in text or text in option for option in known) or any(map(str.isdigit, text))  # 1/2 for 0.5
+              or set(truth) <= letters or letters & set(re.findall(r"\b[A-Z]\b", truth))):  # "AC", "\text{B}"
+        raise DataError(f"solution: {show(truth)} is none of the options {show(options)}")
+
+
+# ---------------------------------------------------------------- prompts
+
+# Our own words; the paper asks for this format (section 3.1) and lets each problem type add a sentence.
+SYSTEM_PROMPT = "First think step by step in <think></think>, then give only the final answer in <answer></answer>."
+ANSWER_FORM = {
+    "numerical": "Answer with one number.",
+    "multiple choice": "Answer with the letter of the right option.",
+    "OCR": "Answer with the text as it is written.",
+    "free-form": "Answer in a few words.",
+    "text": "Answer in a few words.",
+}
+
+
+@dataclass
+class Prompt:
+    """What the model reads before it writes. `ids` can be shared by a group; `tail` follows them (or follows what is
+    put between, such as the response that a judge reads). pixel_values [patches, 1176], grid [1, 3] in patches."""
+    ids: list
+    tail: list
+    pixel_values: torch.Tensor | None = None
+    grid: torch.Tensor | None = None
+
+
+class Processor:
+    """Turns text and a picture into a Prompt by the model's own chat template: tokenizer and image processor, without
+    the rest of AutoProcessor, whose video part needs torchvision."""
+
+    def __init__(self, tokenizer, image_processor, max_pixels=None):
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        if max_pixels:
+            image_processor.size = {"shortest_edge": min(56 * 56, max_pixels), "longest_edge": max_pixels}
+        self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        self.picture = functools.lru_cache(maxsize=64)(self.picture)  # the judge sees the pictures of the policy
+        self._layout = functools.cache(self._layout)
+
+    @classmethod
+    def from_pretrained(cls, name, max_pixels=None):
+        """The processor of a Hugging Face id or folder. Raises OSError where there is none."""
+        return cls(AutoTokenizer.from_pretrained(name), Qwen2VLImageProcessorPil.from_pretrained(name), max_pixels)
+
+    def save_pretrained(self, folder):
+        """Write both parts in Hugging Face format."""
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    def picture(self, path):
+        """(pixel_values [patches, 1176], grid [1, 3]) of a picture file, as a person sees it."""
+        features = self.image_processor([open_picture(path)], return_tensors="pt")
+        return features["pixel_values"], features["image_grid_thw"]
+
+    def encode(self, text):
+        """Token ids of text that isn't ours: what looks like a special token in it stays text."""
+        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids):
+        """The text of token ids, without special tokens."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def chat(self, text, image=None, system=None):
+        """The Prompt of one user turn: the picture first, then the text; its `tail` opens the assistant's turn."""
+        before, after = self._layout(image is not None, system)
+        if image is None:
+            return Prompt(before + self.encode(text), after)
+        pixel_values, grid = self.picture(image)
+        at, tokens = before.index(self.image_token), int(grid.prod()) // self.image_processor.merge_size ** 2
+        ids = before[:at] + [self.image_token] * tokens + before[at + 1:] + self.encode(text)
+        return Prompt(ids, after, pixel_values, grid)
+
+    def question(self, example):
+        """The policy's Prompt for an Example; all but its last token is shared by the group of responses."""
+        text = "\n".join([example.problem, *example.options, ANSWER_FORM[example.problem_type]])
+        prompt = self.chat(text, example.image, SYSTEM_PROMPT)
+        return replace(prompt, ids=prompt.ids + prompt.tail[:-1], tail=prompt.tail[-1:])
+
+    def _layout(self, with_picture, system):
+        """Token ids of the chat template before and after the user's text. The template is rendered around a stand-in,
+        so that the text itself never passes through it: "<|im_end|>" in a question must not end the turn."""
+        stand_in = "\N{OBJECT REPLACEMENT CHARACTER}"
+        content = [{"type": "image"}] * with_picture + [{"type": "text", "text": stand_in}]
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": content})
+        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return [self.tokenizer.encode(part, add_special_tokens=False) for part in rendered.split(stand_in)]
+
+
+# ---------------------------------------------------------------- text measures
+
+LONGEST = 400  # characters; a longer answer is no number and no option, so the patterns below never see a long text
+
+SAME_SIGN = str.maketrans("−–—‐‒―⁄∕×·⋅٫٬،、。٪º“”‘’", "------//***.,,,.%°\"\"''")
+SAME_LATEX = [(re.compile(pattern), plainer) for pattern, plainer in [
+    (r"(?<!\\)\$([^$]*)\$", r" \1 "),                                        # $5$, $$5$$; a lone $ is money
+    (r"\{,\}", ","), (r"\\(?:left|right)(?![a-z])|\\[()\[\],;:! ]|\\quad|(?<=\S)~", " "),
+    (r"\\(?:text|textbf|mathrm|mathbf) ?\{([^{}]*)\}", r" \1"), (r"\\([%$])", r"\1"), (r"\\times|\\cdot", "*"),
+    (r"\\angle", "∠"), (r"\\infty", "∞"), (r"\^?(?:\\circ|\{\\circ\}|\\degree)", "°"),
+    (r"\\pi(?![a-z])|(?<![a-zA-Z\\])pi(?![a-zA-Z])", "π"),
+    (r"\^\{([+-]?\d+)\}", r"^\1 "), (r"(?<=\d) ?[x*] ?(?=10\^)", "*"),        # 3 x 10^{8} is 3*10^8
+    (r"(?:\\sqrt|sqrt|√) ?(?:\{(\d+)\}|\((\d+)\))|\\sqrt ?(\d)", r"√\1\2\3 "),  # roots of whole numbers only
+    (r"\\[dtc]?frac ?(?:\{([^{}]*)\}|([\dπ])) ?(?:\{([^{}]*)\}|([\dπ])) ?(√\d+)? ?(π?)", r" \1\2\5\6/\3\4 "),
+    (r"\\boxed ?\{([^{}]*)\}", r" \1 ")]]
+ANSWER_IS = re.compile(r"^(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:final |correct )?answer ?(?:is:?|[:=]) ?"
+                       r"|^答案[是为]?:? ?|^(?:option|choice)s? ", re.I)
+
+
+def plain(text: str) -> str:
+    """One spelling for what can be written in many: LaTeX, Unicode digits and signs, bold, brackets, 'Answer: '."""
+    # before NFKC, which reads 1½ as 11/2 and 10³ as 103; the spaces keep digits apart that do not make one number
+    text = re.sub("[¼-¾⅐-⅞]", lambda m: f" {unicodedata.normalize('NFKC', m[0])} ", text)
+    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: f"^{unicodedata.normalize('NFKC', m[0])} ", text)
+    text = unicodedata.normalize("NFKC", text.translate(SAME_SIGN)).translate(SAME_SIGN)
+    text = "".join(str(unicodedata.decimal(c, c)) for c in text if unicodedata.category(c) != "Cf")  # ٥ is 5
+    for pattern, plainer in SAME_LATEX:
+        text = pattern.sub(plainer, text)
+    text = " ".join(text.split())
+    for _ in range(4):  # wrappers come in wrappers: **(5)**
+        text = ANSWER_IS.sub("", re.sub(r"(?<!\.)\.$", "", text.strip(" *_`\"'")))
+        if text[:1] + text[-1:] in ("()", "[]", "{}") and not set(text[1:-1]) & set("()[]{},"):  # (2, 3) is a point
+            text = text[1:-1]
+    return text
+
+
+# Never a sum or a product. Thousands stand in groups of three, set apart by one kind of separator.
+DIGITS = r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]\d{3})+|\d+)(?!\d)(?:\.\d*)?|\.\d+)"
+SCALES = {"hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
+NUMBER = re.compile(rf"""
+    (?:(?P<name>[∠△]?[ ]?[^\W\d_]\w*(?:_\{{\w+\}})?(?:\(\w+\))?)[ ]?=[ ]?)?            # x = 5
+    (?P<sign>[+-]?)[ ]?(?P<currency>[$€£¥₹]?)[ ]?(?P<inner_sign>[+-]?)[ ]?             # -$5, $-5
+    (?:(?P<whole>\d+)[ ](?=\d+/\d))?                                                   # the 1 of 1 1/2
+    (?P<top>(?:(?P<base>[1-9]\d{{0,3}})\^(?P<power>[+-]?\d{{1,3}})(?!\d)               # 10^3, 2^10
+             |(?P<digits>{DIGITS})(?:(?:e|\*10\^)(?P<ten>[+-]?\d{{1,3}})(?!\d))?)?     # 3, 3e8, 3*10^8
+            (?:[ *]?√(?P<root>[1-9]\d*))?(?:[ *]?(?P<pi>π))?)                          # 2√3, 12π
+    (?:[ ]?/[ ]?(?:(?P<below>{DIGITS})|√(?P<root_below>[1-9]\d*)|(?P<pi_below>π)))?    # /4, /√2, /π
+    (?:[ ]?(?P<scale>{'|'.join(SCALES)})\b)?[ ]?(?P<unit>.*)""", re.VERBOSE | re.IGNORECASE)
+SAME_UNIT = [(re.compile(pattern, re.I), plainer) for pattern, plainer in [
+    (r"\b(?:square|sq\.?) ([^\W\d_]+)", r"\1^2"), (r"\bcubic ([^\W\d_]+)", r"\1^3"), (r" squared\b", "^2"),
+    (r"(?<=[^\W\d_])(?=[23]\b)", "^"), (r"\bper cent\b", "%"), (r" ?(?:/|\bper\b) ?", "/"),
+    (r"(?:\bdegrees?|°) (?=[cf])", "°")]]
+ONE_UNIT = r"(?:°?[^\W\d_]+|[%°$€£¥₹])(?:\^[23])?"
+UNITS = {form: names.split()[0] for names in (  # the first name of each group stands for all of it
+    "% percent pct|° degree deg 度|°c °celsius|°f °fahrenheit|$ dollar usd|€ euro eur|£ pound gbp|¥ yen yuan 元|₹ rupee"
+    "|cent ¢|m meter metre 米|cm centimeter centimetre 厘米|mm millimeter millimetre|km kilometer kilometre|mi mile"
+    "|in inch inches|ft foot feet|yd yard|g gram|kg kilogram|mg milligram|lb|oz ounce|ton|s sec second|ms millisecond"
+    "|min minute|h hr hour|day|week|month|year yr|L l liter litre|ml milliliter millilitre|cup|mph|rad radian|N newton"
+    "|J joule|W watt|V volt|A amp ampere|Ω ohm|hz hertz|pa pascal|mol mole|unit|people|children|men|women|个|人|岁"
+).split("|") for name in names.split() for form in (name, name + "s")}
+NOT_COUNTED = {"less", "minus", "plus", "this", "perhaps", "always", "and", "not", "than", "from", "are", "about",
+               "half", "halves", "third", "quarter", "ten", "dozen", "pair", "couple", "score", "mln", "lakh", "crore",
+               *SCALES}
+
+
+def parse_unit(text: str) -> str | None:
+    """One name for a known unit ('sq. meters' is m^2), '' for no unit, the words for counted things, None otherwise."""
+    for pattern, plainer in SAME_UNIT:
+        text = pattern.sub(plainer, text)
+    unit = re.sub(r"°?[^\W\d_]+|[°¢]", lambda m: UNITS.get(m[0] if len(m[0]) == 1 else m[0].lower(), "?"), text)
+    if re.fullmatch(rf"(?:{ONE_UNIT}(?:/{ONE_UNIT})*)?", unit):  # one letter keeps its case: 5 M is not 5 m
+        return unit
+    words = text.lower().split()
+    counted = len(words) <= 2 and all(word.isalpha() and len(word) > 2 for word in words) and NOT_COUNTED.isdisjoint(
+        words + [word.removesuffix("s") for word in words])
+    # plurals only: '3 apples' counts apples, while '3 k', '3 more', '3 tens' and '3 tenths' are not 3
+    return " ".join(words) if counted and re.search(r"\w{3}(?<!th)s$", words[-1]) else None
+
+
+def parse_number(text: str) -> tuple | None:
+    """(name, unit, number), where a number is its sign, its square (a fraction even for 2√3) and its power of π."""
+
+    def fraction(digits: str | None) -> Fraction:
+        return Fraction(re.sub("[, ]", "", digits)) if digits else Fraction(1)
+
+    m = NUMBER.match(plain(text))
+    if not m["top"] or (m["sign"] and m["inner_sign"]) or fraction(m["below"]) == 0:
+        return None
+    unit, currency = parse_unit(m["unit"]), UNITS.get(m["currency"], "")
+    number = fraction(m["digits"]) * Fraction(m["base"] or 10) ** int(m["power"] or m["ten"] or 0)
+    number /= fraction(m["below"])
+    if unit is None or (currency and unit not in ("", currency)) or (m["whole"] and number >= 1):  # 1 3/2 is no number
+        return None
+    number = (number + int(m["whole"] or 0)) * SCALES.get((m["scale"] or "").lower(), 1)
+    positive = number > 0 and "-" not in m["sign"] + m["inner_sign"]
+    square = number ** 2 * fraction(m["root"]) / fraction(m["root_below"])  # √12 = 2√3, 1/√2 = √2/2
+    power_of_pi = bool(number) * (bool(m["pi"]) - bool(m["pi_below"]))
+    return m["name"] or "", unit or currency, (positive, square, power_of_pi)
+
+
+def same_value(answer: str, truth: str) -> bool:
+    """Equal numbers, where a name or unit that only one side states is no difference; or equal text, if neither is one.
+
+    Lists, points, ranges, ratios, times and dates are text: nothing is evaluated.
+    """
+    if max(len(answer), len(truth)) > LONGEST:
+        return answer.split() == truth.split()
+    a, b = parse_number(answer), parse_number(truth)
+    if a and b:
+        return a[2] == b[2] and all(x == y or not (x and y) for x, y in zip(a[:2], b[:2]))
+    a_text, b_text = (re.sub(r" ?([^\w\s.]) ?", r"\1", plain(text)).lower() for text in (answer, truth))
+    return a is b and a_text == b_text
+
+
+LETTERED = re.compile(r"[(\[]?([a-z])(?:(?:[)\].:]+ ?| )(.*))?")  # B, (B), B., B. 60
+
+
+def chosen_options(answer: str, options: list[str]) -> frozenset[str]:
+    """The letters of the options that an answer names, by letter or by text; empty if it hedges or repeats itself."""
+    letters = string.ascii_lowercase[:len(options) or 26]
+    texts = dict(zip(letters, [plain(option).lower() for option in options] or [""] * 26))
+    lettered = [m for m in map(LETTERED.fullmatch, texts.values()) if m]
+    if has_letters := sorted(m[1] for m in lettered) == list(letters):  # 'A. 40'
+        texts = {m[1]: m[2] or "" for m in lettered}
+
+    def named(part: str) -> str | None:
+        part = plain(part).lower()
+        letter, rest = m.groups() if (m := LETTERED.fullmatch(part)) else (None, None)
+        owners = [owner for owner, text in texts.items() if text and text == part]
+        if letter in texts and (rest == texts[letter] if rest else has_letters or not owners):
+            return letter  # 'B' or 'B. 60', but not 'B' with another option's text
+        return owners[0] if len(owners) == 1 else None
+
+    answer = plain(answer) if len(answer) <= LONGEST else ""
+    if named(answer):
+        parts = [answer]
+    elif re.fullmatch("[A-Za-z]{2,}", answer):  # 'AC'
+        parts = list(answer)
+    else:
+        parts = re.split(r"(?: ?(?:[,;&]|\band\b) ?)+", answer)
+    chosen = [named(part) for part in parts]
+    return frozenset(chosen) if all(chosen) and len(set(chosen)) == len(chosen) else frozenset()
+
+
+def word_places(words: list[str]) -> dict[str, int]:
+    """For each word, a number with a one in bit i if the word stands at place i."""
+    places = {}
+    for i, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << i
+    return places
+
+
+def word_error_rate(answer: str, truth: str) -> float:
+    """Word edits that turn the answer into the truth, per word of the truth; exact up to 20 (Myers' bit vectors)."""
+    words, target = answer.split(), truth.split()
+    if len(words) > 21 * len(target):  # a loop: the surplus alone is a rate above 20, and exp(-20) is 2e-9
+        return (len(words) - len(target)) / len(target)
+    places, full, edits = word_places(target), (1 << len(target)) - 1, len(target)
+    up, down = full, 0  # bit i: in this column of the edit table, row i + 1 is one more, or one less, than row i
+    for word in words:
+        here = places.get(word, 0)
+        diagonal = (((here & up) + up) ^ up) | here | down
+        right_up, right_down = down | ~(diagonal | up) & full, diagonal & up
+        edits += (right_up >> len(target) - 1) - (right_down >> len(target) - 1)
+        right_up, right_down = (right_up << 1 | 1) & full, right_down << 1 & full
+        up, down = right_down | ~(here | down | right_up) & full, right_up & (here | down)
+    return edits / len(target)
+
+
+def rouge_words(text: str) -> list[str]:
+    """Lower-case runs of letters, marks and digits; one token a character where a script has no spaces."""
+    def spaced(c: str) -> str:
+        if unicodedata.name(c, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")):
+            return f" {c} "
+        return c if unicodedata.category(c)[0] in "LMN" else " "
+
+    if not text.isascii():  # one spelling of é; in short pieces, as NFC takes quadratic time on a run of accents
+        text = re.sub(r"\S{1,50}", lambda m: unicodedata.normalize("NFC", m[0]), text)
+    text = text.lower()
+    words = text.translate({ord(c): spaced(c) for c in set(text)}).split()
+    return words or text.split()  # a text of signs alone still equals itself
+
+
+def longest_common_subsequence(a: list[str], b: list[str]) -> int:
+    """Its length, bit-parallel: each zero bit of `free` is one more matched place of b."""
+    places, full = word_places(b), (1 << len(b)) - 1
+    free = full
+    for word in a:
+        if word in places:
+            here = free & places[word]
+            free = (free + here | free - here) & full
+    return len(b) - free.bit_count()
+
+
+def rouge(answer: str, truth: str) -> float:
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, over those that exist: two texts of one word have no ROUGE-2."""
+    a, b = rouge_words(answer), rouge_words(truth)
+    scores = [2 * longest_common_subsequence(a, b) / (len(a) + len(b))]
+    for grams_a, grams_b in [(a, b), (list(zip(a, a[1:])), list(zip(b, b[1:])))]:
+        if grams_a or grams_b:
+            scores.append(2 * (Counter(grams_a) & Counter(grams_b)).total() / (len(grams_a) + len(grams_b)))
+    return sum(scores) / len(scores)
+
+
+# ---------------------------------------------------------------- the toy world
+
+# A small input for the real road: pictures of coloured shapes or letters, questions of every problem type with an exact
+# answer, an oracle that knows whether thinking is sound, and a warm start with bad habits that GRPO can unlearn.
+COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 220), "yellow": (240, 200, 30)}
+SHAPES = ("circle", "square", "triangle")
+LETTERS = ("C", "E", "H", "S", "T", "X")
+CELLS = ("first", "second", "third", "fourth")  # row by row, two a row
+PANELS = ("white", "#dcdcdc", "#ffe8d0", "#d8ecff")  # their backgrounds
+SPANISH = {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "circle": "circulo", "is": "es",
+           "square": "cuadrado", "triangle": "triangulo", "first": "primero", "second": "segundo", "third": "tercero",
+           "fourth": "cuarto"}
+ENGLISH = {spanish: english for english, spanish in SPANISH.items()}
+COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4} | {str(n): n for n in range(10)}
+GUESSING = re.compile(r"\b(guess\w*|usually|probably|perhaps|maybe|assum\w*|habit|no need to look)\b", re.I)
+SOUND = 0.7  # thinking that scores less has a flaw of fact, of logic or of support, not of style alone
+HASTE = {"numerical": 0.65, "free-form": 0.65, "multiple choice": 0.3, "OCR": 0.3}  # share of guesses, warm start
+FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lucky": wrong thinking, correct answer
+
+
+@dataclass(frozen=True)
+class ToyQuestion:
+    """A question about a scene, one to four (colour, glyph) pairs in the order of CELLS. Multiple choice asks for one
+    attribute (0 colour, 1 shape) of one cell; `choices` are the values behind A, B, C, D."""
+    problem_type: str
+    problem: str
+    scene: tuple
+    cell: int = 0
+    attribute: int = 0
+    choices: tuple = ()
+
+    def answer(self, scene=None):
+        """The exact answer to the question: from the true scene, or from a believed one."""
+        scene = self.scene if scene is None else scene
+        if self.problem_type == "numerical":
+            return str(len(scene))
+        if self.problem_type == "multiple choice":
+            return "ABCD"[self.choices.index(scene[self.cell][self.attribute])]
+        if self.problem_type == "OCR":
+            return " ".join(glyph for _, glyph in scene)
+        return ", ".join(" ".join(shown) for shown in scene)
+
+    def soundness(self, response):
+        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`, by the paper's five criteria (Table 4). It reads
+        every claim, in any order and in the wordings of `read_claims`, and checks it against the scene. An answer that
+        doesn't follow from the claims costs 0.4 (logic), a wrong claim 0.4, more than one 0.6 (correctness), a guess or
+        missing evidence 0.4 (support), a second language 0.2, each repetition 0.1, at most 0.3. No words: 0."""
+        thinking, _, final = response.partition("</think>")
+        thinking = thinking.replace("<think>", " ")
+        words = re.findall(r"[^\W\d_]+", thinking)
+        if not words:
+            return 0.0
+        mixed = any(not word.isascii() or word.lower() in ENGLISH for word in words)
+        thinking = re.sub(r"\w+", lambda word: ENGLISH.get(word[0].lower(), word[0]), thinking)
+        final = self._tidy(re.sub(r"</?answer>", " ", final))
+        believed, wrong, repeated, follows = {}, 0, 0, True
+        for sentence in re.split(r"[.;\n]+", thinking):
+            if conclusion := re.search(r"\banswer\b.*?(?:\bis\b|:)\s*(.+)", sentence, re.I):
+                follows &= self._tidy(conclusion[1]) == final
+                sentence = sentence[:conclusion.start()]
+            claims, count = read_claims(sentence, LETTERS if self.problem_type == "OCR" else ())
+            wrong += count is not None and count != len(self.scene)
+            for cell, attribute, value in claims:
+                wrong += cell >= len(self.scene) or self.scene[cell][attribute] != value
+                repeated += believed.get((cell, attribute)) == value
+                believed[cell, attribute] = value
+        needed = {"numerical": [(i, a) for i in range(len(self.scene)) for a in (0, 1)],
+                  "multiple choice": [(self.cell, self.attribute)],
+                  "OCR": [(i, 1) for i in range(4)]}.get(self.problem_type, [(i, a) for i in range(4) for a in (0, 1)])
+        supported = all(key in believed for key in needed) and not GUESSING.search(thinking)
+        scene = [(believed.get((i, 0)), believed.get((i, 1))) for i in range(4)]
+        if self.problem_type == "numerical":
+            scene = [shown for shown in scene if any(shown)]
+        follows &= all(key in believed for key in needed if self.problem_type != "numerical") and (
+            final == self._tidy(self.answer(scene)))
+        cost = 4 * (not follows) + (0, 4, 6)[min(wrong, 2)] + 4 * (not supported) + 2 * mixed + min(repeated, 3)
+        return max(0, 10 - cost) / 10
+
+    def _tidy(self, text):
+        words = re.findall(r"\w+", text.lower())
+        return words[:1] if self.problem_type == "multiple choice" else words
+
+    def warm_start_response(self, rng, habits=True):
+        """A response as the warm start teaches it: sound, or, with `habits`, often hasty or with one flaw."""
+        scene, glyphs = list(self.scene), LETTERS if self.problem_type == "OCR" else SHAPES
+        invented = [(rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in CELLS]
+        guess = self.answer(invented[:rng.choice((1, 2, 2, 2, 3, 4))] if self.problem_type == "numerical" else invented)
+        if habits and rng.random() < HASTE[self.problem_type]:
+            return respond(f"no need to look. it is usually {guess}. so the answer is {guess}.", guess)
+        flaw = rng.choice(FLAWS) if habits and rng.random() < 0.4 else None
+        if flaw in ("misread", "lucky"):
+            i = self.cell if self.problem_type == "multiple choice" else rng.randrange(len(scene))
+            scene[i] = tuple(rng.choice([value for value in values if value != shown])
+                             for values, shown in zip((COLOURS, glyphs), scene[i]))
+            if self.problem_type == "numerical" and rng.random() < 0.5:
+                scene = scene[:-1] if len(scene) > 1 else scene + invented[:1]
+        claims = [f"{where} is {' '.join(shown)}." for where, shown in zip(CELLS, scene)]
+        if flaw == "language":
+            claims = [re.sub(r"\w+", lambda word: SPANISH.get(word[0], word[0]), claim) for claim in claims]
+        if flaw == "redundancy":
+            claims = [claim for claim in claims for _ in range(2)]
+        answer = {"leap": guess, "lucky": self.answer()}.get(flaw, self.answer(scene))
+        return respond(" ".join([*claims, f"so the answer is {answer}."]), answer)
+
+
+def respond(thinking, answer):
+    """The response format of the paper, section 3.1."""
+    return f"<think>{thinking}</think><answer>{answer}</answer>"
+
+
+def read_claims(sentence, letters=()):
+    """The claims (cell, attribute, value) of one sentence about a toy picture, such as "first is a red circle", "a red
+    circle comes first" or "first and fourth are red", and the count in "there are two shapes", else None."""
+    said = {**{word: i for i, word in enumerate(CELLS)}, **{colour: (0, colour) for colour in COLOURS},
+            **{shape: (1, shape) for shape in SHAPES}, **{shape + "s": (1, shape) for shape in SHAPES}}
+    words = re.findall(r"\w+", sentence)
+    found = [(1, word) if word in letters else said.get(word.lower()) for word in words]
+    found = [item for item in found if item is not None]  # in reading order: cells (int) and values (attribute, value)
+    runs = [list(run) for _, run in groupby(found, key=lambda item: isinstance(item, int))]
+    claims = []
+    for one, other in zip(runs[::2], runs[1::2]):  # cells then values, or values then cells
+        cells, values = (one, other) if isinstance(one[0], int) else (other, one)
+        claims += [(cell, *value) for cell in cells for value in values]
+    counts = [COUNTS[word.lower()] for word in words if word.lower() in COUNTS]
+    return claims, counts[0] if len(counts) == 1 and not found else None
+
+
+def draw(scene, size):
+    """The picture of a scene, size x size pixels: 28 x 28 for a cell are one image token of Qwen2.5-VL."""
+    picture, cell = Image.new("RGB", (size, size)), size // 2
+    pen, margin = ImageDraw.Draw(picture), size // 14
+    for i, panel in enumerate(PANELS):
+        left, top = i % 2 * cell, i // 2 * cell
+        pen.rectangle((left, top, left + cell, top + cell), panel)
+        if i < len(scene):
+            colour, glyph = scene[i]
+            box = (left + margin, top + margin, left + cell - margin, top + cell - margin)
+            if glyph == "circle":
+                pen.ellipse(box, COLOURS[colour])
+            elif glyph == "square":
+                pen.rectangle(box, COLOURS[colour])
+            elif glyph == "triangle":
+                pen.polygon([(left + cell / 2, box[1]), (box[2], box[3]), (box[0], box[3])], COLOURS[colour])
+            else:
+                pen.text((left + cell / 2, top + cell / 2), glyph, COLOURS[colour],
+                         ImageFont.load_default(cell * 0.9), "mm")
+    return picture
+
+
+def toy_questions(n, seed, held_out=False):
+    """n ToyQuestions, the same for the same seed; about a fifth of all scenes is never seen unless `held_out`."""
+    rng, questions = random.Random(f"toy {seed} {held_out}"), []
+    while len(questions) < n:
+        problem_type = ("numerical", "multiple choice", "OCR", "free-form")[len(questions) % 4]
+        glyphs = LETTERS if problem_type == "OCR" else SHAPES
+        shown = rng.randint(1, 4) if problem_type == "numerical" else 4
+        scene = tuple((rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in range(shown))
+        question = ToyQuestion(problem_type, {"numerical": "How many shapes are there?", "OCR": "Read the letters.",
+                                              "free-form": "Describe the picture."}.get(problem_type), scene)
+        if problem_type == "multiple choice":
+            cell, attribute = rng.choice((0, 3)), rng.randrange(2)
+            problem = f"Which {('colour', 'shape')[attribute]} is {CELLS[cell]}?"
+            question = replace(question, problem=problem, cell=cell, attribute=attribute,
+                               choices=(tuple(COLOURS), SHAPES)[attribute])
+        if (zlib.crc32(repr(scene).encode()) % 5 == 0) == held_out:
+            questions.append(question)
+    return questions
+
+
+def toy_warm_start(n, seed, habits, folder=None):
+    """n (Example, [responses]) to learn to answer from: one sound response each, or two with bad habits."""
+    rng, questions = random.Random(f"warm start {seed} {habits}"), toy_questions(n, seed)
+    return [(example, [question.warm_start_response(rng, habits) for _ in range(1 + habits)])
+            for example, question in zip(toy_examples(n, seed, folder=folder), questions)]
+
+
+def toy_examples(n, seed, held_out=False, size=56, folder=None):
+    """n Examples of the toy world, the same for the same seed, their pictures drawn size x size into `folder`
+    (default: a temporary one that is kept). A fifth of all scenes is never seen unless `held_out` is set."""
+    folder = Path(folder or Path(tempfile.gettempdir()) / f"sophia_min_toy_{os.getuid()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = []
+    for i, question in enumerate(toy_questions(n, seed, held_out)):
+        image = folder / f"{size}_{zlib.crc32(repr(question.scene).encode()):08x}.png"
+        if not image.exists():
+            png = io.BytesIO()
+            draw(question.scene, size).save(png, "PNG")
+            write_atomic(image, png.getvalue())
+        options = tuple(f"{letter}. {choice}" for letter, choice in zip("ABCD", question.choices))
+        examples.append(Example(f"toy-{'held-out' if held_out else 'train'}-{seed}-{i}", question.problem,
+                                question.problem_type, options, question.answer(), str(image), "toy",
+                                question.soundness))
+    return examples
+
+
+CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
+{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # Qwen's layout
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                  "<|video_pad|>"]
+
+
+def toy_tokenizer():
+    """A byte-level BPE tokenizer, like Qwen's, that knows the toy's words whole and any other text by its bytes."""
+    rng = random.Random(0)
+    words = [SYSTEM_PROMPT, *ANSWER_FORM.values(), *CRITERIA, *CRITERIA.values(), *SPANISH.values(), "system", "user",
+             "assistant"]
+    for question in toy_questions(2000, 0):
+        words += [question.problem, question.warm_start_response(rng)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(words, trainers.BpeTrainer(
+        vocab_size=1000, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer.add_tokens(["<think>", "</think>", "<answer>", "</answer>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   chat_template=CHAT_TEMPLATE)
+
+
+def toy_model(seed=0):
+    """(model, Processor): an untrained Qwen2.5-VL of a million parameters, built from its config, and what turns an
+    Example into its inputs. Its 28 x 28 pixel patches see one cell of a 56 x 56 toy picture each."""
+    tokenizer = toy_tokenizer()
+    tokens = dict(zip(("pad", "start", "eos", "vision_start", "vision_end", "image", "video"),
+                      tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
+    init = {"initializer_range": 0.08}  # 0.02, the default, is for wide models: this one would read nothing for long
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
+            bos_token_id=None, eos_token_id=tokens["eos"], pad_token_id=tokens["pad"], **init),
+        vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
+                           fullatt_block_indexes=[1], **init),
+        vision_start_token_id=tokens["vision_start"], vision_end_token_id=tokens["vision_end"],
+        image_token_id=tokens["image"], video_token_id=tokens["video"], tie_word_embeddings=True, **init)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(eos_token_id=tokens["eos"], pad_token_id=tokens["pad"])
+    return model.eval(), Processor(tokenizer, Qwen2VLImageProcessorPil(), max_pixels=1280 * 28 * 28)
+
+
+# ---------------------------------------------------------------- files that survive a crash, and the report
+
+
+def write_atomic(path, content):
+    """Write a file so that a crash leaves the old one or the new one, never half. content: bytes, text (as UTF-8), or
+    what writes into the open file. Raises OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder: across disks a rename is a copy
+    try:
+        with open(beside, "wb") as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the rename itself
+    os.close(folder)
+
+
+def write_json(path, value):
+    """A value as readable JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def append_line(path, text):
+    """Append one line; it is on the disk when this returns. A half line left by a crash is closed first."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read() == b"\n" else "\n" + text
+        file.write(text.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path):
+    """The objects of a JSON lines file; a half line, left by a crash, is passed over."""
+    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+def keep_lines(path, wanted):
+    """Cut a JSON lines file down to the lines that are wanted."""
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if wanted(line)))
+
+
+def save_folder(folder, model, processor):
+    """Model and processor in Hugging Face format, beside the old folder first, then in its place."""
+    folder = Path(folder)
+    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.save_pretrained(new)
+    processor.save_pretrained(new)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def rise(before, after):
+    """(mean, half width of its 95% interval) of the change a question, for 0/1 results on the same questions."""
+    changes = np.subtract(after, before)
+    return changes.mean(), 1.96 * changes.std(ddof=1) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
+
+
+def table(results):
+    """Evaluations side by side as text; `results` maps a column's name to what `evaluate` returned."""
+    columns, last = list(results.values()), list(results.values())[-1]
+    rows = [("right answers", [c["accuracy"] for c in columns], f"of {last['n']}")]
+    rows += [(f"  {kind}", [c["by_type"][kind]["accuracy"] for c in columns], f"of {part['n']}")
+             for kind, part in last["by_type"].items()]
+    rows.append(("in the right format", [c["format_rate"] for c in columns], ""))
+    if "soundness" in last:
+        rows.append(("sound thinking, of right answers", [c["soundness"] for c in columns], ""))
+    cells = ["" if value is None else f"{value:.3f}" for _, values, _ in rows for value in values]
+    lines = [" " * 34 + "".join(f"{name:>10}" for name in results)]
+    for i, (name, _, note) in enumerate(rows):
+        lines.append(f"{name:<34}" + "".join(f"{c:>10}" for c in cells[i * len(columns):(i + 1) * len(columns)])
+                     + f"  {note}")
+    if len(columns) == 2:
+        mean, half = rise(columns[0]["right"], last["right"])
+        lines.append(f"change in right answers: {mean:+.3f}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}")
+    return "\n".join(lines)
+
+
+CURVES = (("accuracy", "share of right answers"), ("thinking", "thinking reward R^t"), ("gamma", "trust gamma"),
+          ("anneal", "annealing exp(-step/T)"), ("kl", "KL to the reference"), ("length", "response length, tokens"))
+
+
+def write_report(out):
+    """report.html from what a run left in `out`: one self-contained page with the curves and some groups."""
+    import matplotlib  # here: only the report needs it, and it takes a second to import
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    out, log = Path(out), read_lines(Path(out) / "log.jsonl")
+    figure, axes = plt.subplots(2, 3, figsize=(12, 5), layout="constrained")
+    for axis, (name, title) in zip(axes.flat, CURVES):
+        points = [(line["step"], line[name]) for line in log if line[name] is not None]
+        axis.plot(*zip(*points) if points else ([], []))
+        axis.set_title(title, fontsize=10)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=80)
+    plt.close(figure)
+    parts = [f"<pre>{html.escape(table(json.loads((out / 'eval.json').read_text())))}</pre>", _inline(png.getvalue())]
+    for group in read_lines(out / "groups.jsonl"):
+        picture = io.BytesIO()
+        if group["image"]:
+            shown = open_picture(group["image"])
+            shown.thumbnail((320, 320))
+            shown.resize((shown.width * 2, shown.height * 2), Image.NEAREST if shown.width < 160 else Image.BICUBIC
+                         ).save(picture, "PNG")
+        gamma = "not scored" if group["gamma"] is None else f"gamma {group['gamma']:.2f}"
+        rows = "".join(
+            "<tr class='{}'><td>{}</td><td>{:.2f}</td><td>{}</td><td>{:.2f}</td><td>{:+.2f}</td></tr>".format(
+                "right" if response["outcome"] >= 0.5 else "wrong", html.escape(response["text"]), response["outcome"],
+                "-" if response["thinking"] is None else f"{response['thinking']:.2f}", response["reward"],
+                response["advantage"]) for response in group["responses"])
+        asked = html.escape(" ".join([group["problem"], *group["options"]]))
+        parts.append(f"<h2>step {group['step']}: {asked} (truth: {html.escape(group['solution'])}; {gamma})</h2>"
+                     f"{_inline(picture.getvalue())}<table><tr>"
+                     f"<th>response</th><th>R^o</th><th>R^t</th><th>R</th><th>A</th></tr>{rows}</table>")
+    write_atomic(out / "report.html", f"""<!doctype html><meta charset="utf-8"><title>sophia_min</title>
+<style>body{{font:14px sans-serif;max-width:1100px;margin:2em auto}}td,th{{padding:.2em .6em;text-align:left;
+vertical-align:top}}.right{{background:#e4f5e4}}.wrong{{background:#fbe6e6}}h2{{font-size:1em;margin-top:2em}}</style>
+<h1>sophia_min: {html.escape(out.name)}</h1>{''.join(parts)}""")
+
+
+def _inline(png):
+    return f"<img src='data:image/png;base64,{base64.b64encode(png).decode()}'>" if png else ""

@@ -1,0 +1,764 @@
+"""sophia_min: SophiaVL-R1's Trust-GRPO (arXiv 2505.17018) in one readable file.
+
+    python sophia_min.py                                  # the toy world on a CPU: learns in about five minutes
+    python sophia_min.py --trust off --out runs/no_trust  # the same without Eq. 3
+    python sophia_min.py --model Qwen/Qwen2.5-VL-3B --data rows.json --image_root images    # the real one, on a GPU
+
+A question's group of N responses earns an outcome reward by rule (R^o) and a thinking reward from a model (R^t). If
+wrong answers got better thinking scores than right ones, the judge isn't to be trusted here, and its weight gamma
+falls (Eq. 3); its share fades with time (Eq. 5); the group's rewards become advantages (Eq. 6) of a clipped update
+that stays near a frozen reference (Eq. 7).
+
+Departures from the paper, all of them:
+- OCR: exp(-WER), as in the released code: -WER is never >= 0.5, so Eq. 1 would never call a reading right.
+- A response in the wrong format earns R^o = 0 (the paper is silent, the authors say so); it is judged all the same.
+- Eq. 1-2 with nobody right or nobody wrong: gamma = 1. A judge without a usable score: the group's thinking term is
+  dropped, and counted. Eq. 6: unbiased std + 1e-6 as released, and exact zeros where all rewards are equal.
+- Eq. 7 names one ratio a response; like the released code we take one a token, and a response's mean over its tokens.
+- No entropy bonus (the released code has one of 1e-3). top_p is 1 in sampling (released: 0.9, ignored by its update).
+- The thinking reward model reads the response delimited, after question and picture; the released one reads the whole
+  conversation. `--trust released` repeats the released gating of R^t; see `released_gate`.
+- Responses of a group share one computation of their prompt (`reward_model.SharedPrompt`): faster, the same numbers.
+"""
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import random
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+from transformers import Qwen2_5_VLForConditionalGeneration, set_seed
+
+import data
+import reward_model
+from reward_model import SharedPrompt
+
+# ---------------------------------------------------------------- section 3.3: the outcome reward R^o
+
+
+def extract_answer(response: str) -> str | None:
+    """What stands in the one <answer> block after the last </think>; None if the response has any other form."""
+    thinking, end_of_thinking, rest = response.strip().rpartition("</think>")
+    rest = rest.strip()
+    if not (end_of_thinking and thinking.startswith("<think>")
+            and rest.startswith("<answer>") and rest.endswith("</answer>")):
+        return None
+    answer = rest[len("<answer>"):-len("</answer>")]
+    has_more_tags = any(tag in answer for tag in ("<answer>", "</answer>", "<think>"))
+    return None if has_more_tags else answer.strip()
+
+
+def numerical_rule(answer: str, truth: str, options: list[str]) -> float:
+    return float(data.same_value(answer, truth))
+
+
+def multiple_choice_rule(answer: str, truth: str, options: list[str]) -> float:
+    chosen = data.chosen_options(answer, options)  # empty for a hedge, which is never right
+    return float(bool(chosen) and chosen == data.chosen_options(truth, options))
+
+
+def ocr_rule(answer: str, truth: str, options: list[str]) -> float:
+    return math.exp(-data.word_error_rate(answer, truth))  # the paper's -WER would never reach the 0.5 of Eq. 1
+
+
+def free_form_rule(answer: str, truth: str, options: list[str]) -> float:
+    return data.rouge(answer, truth)
+
+
+OUTCOME_RULES = {"numerical": numerical_rule, "multiple choice": multiple_choice_rule, "OCR": ocr_rule,
+                 "free-form": free_form_rule, "text": free_form_rule}
+
+
+def outcome_reward(response: str, solution: str, problem_type: str, options: list[str] = ()) -> float:
+    """R^o in [0, 1]; 0 for a response in the wrong format, and for an empty answer or truth."""
+    if problem_type not in OUTCOME_RULES:
+        raise ValueError(f"unknown problem_type {problem_type!r}, known are {', '.join(OUTCOME_RULES)}")
+    answer = extract_answer(response)
+    truth = solution.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
+    return OUTCOME_RULES[problem_type](answer, truth, options) if answer and truth else 0.0
+
+# ---------------------------------------------------------------- section 3.4: Trust-GRPO, Eq. 1-7
+
+
+def trust_weight(outcome, thinking):
+    """gamma in [1/e, 1]: how far the thinking rewards of this group [G] can be trusted, given its outcomes [G].
+    An empty side leaves nothing to compare: 1 (ours). NaN in `thinking` gives NaN."""
+    correct = outcome >= 0.5  # [G]
+    if correct.all() or not correct.any():
+        return thinking.sum() * 0 + 1
+    mu_c = thinking[correct].mean()  # Eq. 1
+    mu_w = thinking[~correct].mean()  # Eq. 2
+    return (mu_c - mu_w).clamp(max=0).exp()  # Eq. 3: exp(mu_c - mu_w) where wrong thinking scores better, else 1
+
+
+def annealing(step, total_steps):
+    """The factor exp(-step / T) of Eq. 5, for step = 1 .. T: it ends at 1/e, never at 0."""
+    return math.exp(-step / total_steps)
+
+
+def released_gate(outcome, thinking):
+    """What the official code does instead of scoring everyone: 1 where R^t counts, else 0 [G]. Responses with
+    R^o < 0.2 get R^t = 0; groups all >= 0.9 or all <= 0.1 lose the term. So mu_w = 0 on 0/1 outcomes, and gamma is
+    always 1."""
+    if (outcome >= 0.9).all() or (outcome <= 0.1).all():
+        return torch.zeros_like(thinking)
+    return (outcome >= 0.2).to(thinking.dtype)
+
+
+def gated_thinking(outcome, thinking, trust):
+    """R^t [G] as `trust` takes it: every score, or only the official code's."""
+    return thinking if trust != "released" else torch.where(
+        released_gate(outcome, thinking) == 1, thinking, torch.zeros_like(thinking))
+
+
+def combined_reward(outcome, thinking, step, total_steps, alpha=0.3, trust="paper", anneal=True):
+    """R [G] of one group from R^o and R^t [G]. trust: paper (Eq. 3), released (the official gating) or off (gamma 1).
+    NaN in `thinking` means that the judge gave no usable score: the outcome alone is the reward."""
+    thinking = gated_thinking(outcome, thinking, trust)
+    if thinking.isnan().any():
+        return outcome.clone()
+    gamma = 1.0 if trust == "off" else trust_weight(outcome, thinking)
+    share = annealing(step, total_steps) if anneal else 1.0
+    return outcome + gamma * alpha * share * thinking  # Eq. 5; Eq. 4 without the share
+
+
+def group_advantages(rewards):
+    """A [G]: each reward against its group. Equal rewards give exact zeros, where rounding would be blown up by the
+    division: eight times 0.7 in fp32 has a "spread" of 6e-8."""
+    if (rewards == rewards[0]).all():
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-6)  # Eq. 6
+
+
+def kl_k3(logp, ref_logp):
+    """An estimate of KL(pi_theta || pi_ref) a token, never negative: k3 of Schulman, "Approximating KL divergence"."""
+    log_ratio = ref_logp - logp
+    return log_ratio.exp() - log_ratio - 1
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip_eps=0.2, kl_coef=0.04, n_responses=None):
+    """-J of Eq. 7 for G responses of at most R tokens: logp, old_logp, ref_logp, mask [G, R], advantages [G]. The mean
+    over a response's tokens, then the sum over responses / n_responses (default G): with the whole batch's number,
+    the losses of micro-batches add up to the loss of the batch. Returns (loss, metrics that add up the same way)."""
+    mask = mask.to(logp.dtype)
+    keep = mask.bool()
+    log_ratio = torch.where(keep, logp - old_logp, 0.0)  # [G, R], padding may hold anything
+    ratio = log_ratio.exp()  # [G, R], r_i a token
+    gain = advantages[:, None].to(logp.dtype)  # [G, 1]
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # [G, R]
+    surrogate = torch.min(ratio * gain, clipped * gain)  # [G, R]
+    kl = kl_k3(torch.where(keep, logp, 0.0), torch.where(keep, ref_logp, 0.0))  # [G, R]
+    per_token = surrogate - kl_coef * kl  # [G, R], Eq. 7 inside the mean
+
+    def mean_over_responses(values):  # [G, R] -> []
+        per_response = (values * mask).sum(1) / mask.sum(1).clamp(min=1)  # [G]
+        return per_response.sum() / (n_responses or len(logp))
+
+    acting = (ratio * gain > clipped * gain).to(logp.dtype)  # [G, R], where the clip holds the gradient back
+    metrics = {"kl": mean_over_responses(kl).item(), "clip_frac": mean_over_responses(acting).item()}
+    return -mean_over_responses(per_token), metrics  # Eq. 7
+
+
+# ---------------------------------------------------------------- log-probabilities and responses
+
+
+def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
+    """Log-probabilities and entropies [N, R] of the tokens `ids` under the distribution they were sampled from: the
+    same temperature, the same ids ruled out everywhere (`forbidden`) or in the first `no_end` places (`eos_ids`). In
+    fp32, and some rows at a time, recomputed in the backward pass: one row of 1,024 tokens over 150k words is 0.6 GB.
+    """
+    def chunk(logits, ids):
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # [n, R, V]
+        scaled = scaled.index_fill(-1, forbidden, -math.inf)
+        if no_end:
+            early = scaled[:, :no_end].index_fill(-1, torch.tensor(eos_ids, device=logits.device), -math.inf)
+            scaled = torch.cat([early, scaled[:, no_end:]], 1)
+        logp = scaled.log_softmax(-1)  # [n, R, V]
+        with torch.no_grad():
+            entropy = torch.special.entr(logp.exp()).sum(-1)  # [n, R]
+        return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy
+
+    rows = max(1, 2 ** 27 // logits[0].numel())
+    parts = [recompute(chunk, *part, use_reentrant=False)
+             for part in zip(logits.split(rows), ids.to(logits.device).split(rows))]
+    logps, entropies = zip(*parts)
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def response_mask(ids, eos_ids):
+    """1 up to the first end-of-sequence token, which is part of the response, 0 behind it [N, R]. Taken from the first
+    EOS, not from padding: pad and EOS may be the same id."""
+    ended = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()  # [N, R]
+    return (ended.cumsum(1) - ended == 0).long()
+
+
+@dataclass
+class Rollout:
+    """What the policy wrote for a list of questions: N = questions x G responses, a question's side by side."""
+    examples: list
+    prompts: list  # one data.Prompt a question
+    owner: torch.Tensor  # [N], whose response a row is
+    ids: torch.Tensor  # [N, R]
+    mask: torch.Tensor  # [N, R]
+    texts: list  # N
+    truncated: int  # responses cut at max_new_tokens, without an end
+    scores: torch.Tensor | None = None  # [N, R, V], the logits sampled from, if asked for
+
+    def logps(self, model, shared, rows, first, config):
+        """token_logps of `rows` [n], cut to the longest of them; `shared` holds the prompts from `first` on."""
+        width = int(self.mask[rows].sum(1).max())
+        owner, ids = self.owner[rows], self.ids[rows, :width]
+        tails = [self.prompts[question].tail for question in owner]
+        logits = reward_model.target_logits(model, shared, owner - first, tails, ids.tolist())
+        return token_logps(logits, ids, config.temperature, vision_ids(model), config.min_new_tokens, end_ids(model))
+
+
+def vision_ids(model):
+    """Ids that stand for pictures [4]: sampled, they would ask for a picture that isn't there."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return torch.tensor([getattr(model.config, name) for name in names], device=model.device)
+
+
+def end_ids(model):
+    """Ids that end a response."""
+    eos = model.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [eos]
+
+
+def rollout(policy, processor, examples, group_size, config, greedy=False, scores=False):
+    """G responses to each question: one left-padded `generate` for all, each prompt computed once."""
+    eos = end_ids(policy)
+    prompts = [processor.question(example) for example in examples]
+    owner = torch.arange(len(prompts)).repeat_interleave(group_size)  # [N]
+    with torch.no_grad():
+        shared = SharedPrompt(policy, prompts)
+    new = reward_model.generate(
+        policy, shared, owner, [prompts[question].tail for question in owner], config.max_new_tokens,
+        None if greedy else config.temperature, scores, min_new_tokens=config.min_new_tokens or None,
+        suppress_tokens=vision_ids(policy).tolist(), eos_token_id=eos, pad_token_id=eos[0])
+    ids, seen = new if scores else (new, None)
+    mask = response_mask(ids, eos)
+    texts = [processor.decode(row[kept == 1]) for row, kept in zip(ids, mask)]
+    truncated = int((~torch.isin(ids, torch.tensor(eos, device=ids.device)).any(1)).sum())
+    return Rollout(examples, prompts, owner, ids, mask, texts, truncated, seen)
+
+
+# ---------------------------------------------------------------- precision and the update
+
+
+class Optimizer:
+    """AdamW on fp32 master weights. A bf16 model computes; at lr 5e-7 its own weights would swallow the steps, since
+    bf16 keeps three digits. Gradients of a bf16 model are added up in fp32, too."""
+
+    def __init__(self, model, lr):
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.masters = [weight if weight.dtype != torch.bfloat16 else torch.nn.Parameter(weight.detach().float())
+                        for weight in self.weights]
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                weight.register_post_accumulate_grad_hook(lambda weight, master=master: self._collect(weight, master))
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.01)  # released config
+
+    @staticmethod
+    def _collect(weight, master):
+        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+        weight.grad = None
+
+    def step(self, max_norm=4.0):  # released config
+        """Clip, move the masters, copy them into the model. Returns the gradient's norm; raises before anything moves
+        if it isn't finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm.item()}; no weight was moved")
+        self.adamw.step()
+        self.adamw.zero_grad()
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters):
+                weight.copy_(master)
+        return norm.item()
+
+
+def update(policy, reference, optimizer, batch, advantages, config):
+    """The GRPO update on one rollout; advantages [N]. Returns the step's metrics.
+
+    Each prompt is computed once with gradients; its responses go through in micro-batches that leave their gradients
+    at its keys and values; then one backward pass carries the sum through the prompt. Old log-probabilities are those
+    of the first inner epoch, before it moves anything."""
+    n, mask, old = len(batch.ids), batch.mask, {}
+    group = n // len(batch.prompts)
+    together = max(1, config.micro_batch // group)  # questions at a time
+    advantages = advantages.to(policy.device)
+    metrics = dict(loss=0.0, kl=0.0, clip_frac=0.0, entropy=0.0, grad_norm=0.0)
+    for _ in range(config.inner_epochs):
+        for first in range(0, len(batch.prompts), together):
+            prompts = batch.prompts[first:first + together]
+            rows = torch.arange(first * group, (first + len(prompts)) * group)
+            if config.kl_coef == 0 and not advantages[rows].any():
+                continue  # exact: without the KL term nothing pulls at such groups
+            shared = SharedPrompt(policy, prompts).cut()
+            if config.kl_coef:
+                with torch.no_grad():
+                    ref_shared = SharedPrompt(reference, prompts)
+            for part in rows.split(config.micro_batch):
+                logp, entropy = batch.logps(policy, shared, part, first, config)  # [n, R]
+                ref_logp = logp.detach()
+                if config.kl_coef:
+                    with torch.no_grad():
+                        ref_logp, _ = batch.logps(reference, ref_shared, part, first, config)
+                keep = mask[part, :logp.shape[1]].to(logp.device)
+                loss, parts = grpo_loss(logp, old.setdefault(int(part[0]), logp.detach()), ref_logp, advantages[part],
+                                        keep, config.clip_eps, config.kl_coef, n_responses=n)
+                loss.backward()
+                parts["entropy"] = ((entropy * keep).sum(1) / keep.sum(1)).sum().item() / n
+                for name, value in {"loss": loss.item(), **parts}.items():
+                    metrics[name] += value / config.inner_epochs
+            shared.backward()
+        if not math.isfinite(metrics["loss"]):
+            raise FloatingPointError(f"the loss is {metrics['loss']}; no weight was moved")
+        metrics["grad_norm"] += optimizer.step() / config.inner_epochs
+    return metrics
+
+
+# ---------------------------------------------------------------- self-test and evaluation
+
+
+def self_test(policy, processor, examples, config):
+    """Stop before training if sampling and training disagree: the log-probabilities of sampled tokens as `generate`
+    saw them against those that the update computes. Wrong positions, a dropped cache, a sampling filter that only one
+    side knows and a stale state on the model all show here. Returns the difference in nats: the largest in fp32, the
+    mean in bf16, where single tokens differ by rounding."""
+    batch = rollout(policy, processor, examples, 2, config, scores=True)
+    chosen = batch.ids.unsqueeze(-1)  # [N, R, 1]
+    seen = batch.scores.float().log_softmax(-1).gather(-1, chosen).squeeze(-1)  # [N, R]
+    with torch.no_grad():
+        shared = SharedPrompt(policy, batch.prompts)
+        logp, _ = batch.logps(policy, shared, torch.arange(len(batch.ids)), 0, config)
+    width = logp.shape[1]
+    gaps = (logp - seen[:, :width]).abs()[batch.mask[:, :width] == 1]
+    exact = policy.dtype != torch.bfloat16
+    gap, tolerance = (gaps.max().item(), 1e-4) if exact else (gaps.mean().item(), BF16_TOLERANCE)
+    if not gap <= tolerance:
+        raise SystemExit(f"self-test failed: the update sees sampled tokens {gap:.2g} nats away from generate "
+                         f"(tolerance {tolerance:.2g}). Training would follow wrong ratios. Check the versions of "
+                         "torch and transformers, --attn sdpa, and that nothing changed the model's forward.")
+    return gap
+
+
+BF16_TOLERANCE = 0.05  # mean gap, nats; the toy model in bf16 on a CPU has 0.005, a missing vision-id mask 0.06
+
+
+def evaluate(policy, processor, examples, config, desc):
+    """Greedy answers: {accuracy, format_rate, n, by_type}, and `soundness`, the share of right answers whose thinking
+    is sound, where the examples know it. Right means R^o >= 0.5, as in Eq. 1. `right` holds one 0/1 a question."""
+    right, formatted, sound, kinds = [], [], [], {}
+    size = max(1, config.questions_per_step * config.group_size // 2)
+    for start in tqdm(range(0, len(examples), size), desc=desc):
+        part = list(examples[start:start + size])
+        batch = rollout(policy, processor, part, 1, config, greedy=True)
+        for example, text in zip(part, batch.texts):
+            right.append(int(reward_of(example, text) >= 0.5))
+            formatted.append(extract_answer(text) is not None)
+            kinds.setdefault(example.problem_type, []).append(right[-1])
+            if right[-1] and example.soundness:
+                sound.append(example.soundness(text) >= data.SOUND)
+
+    def mean(values):
+        return sum(values) / len(values)
+
+    result = {"accuracy": mean(right), "format_rate": mean(formatted), "n": len(right),
+              "by_type": {kind: {"accuracy": mean(hits), "n": len(hits)} for kind, hits in sorted(kinds.items())}}
+    if examples[0].soundness:
+        result["soundness"] = mean(sound) if sound else None
+    return {**result, "right": right}
+
+
+def reward_of(example, text):
+    """R^o of a response to an Example."""
+    return outcome_reward(text, example.solution, example.problem_type, example.options)
+
+
+# ---------------------------------------------------------------- one step, as in Fig. 3 of the paper
+
+
+def train_step(step, policy, reference, judge, optimizer, processor, examples, config):
+    """Rollout, rewards, trust, advantages, update. Returns the line for log.jsonl and the groups, for the report."""
+    start = time.time()
+    batch = rollout(policy, processor, examples, config.group_size, config)
+    groups = [batch.texts[i:i + config.group_size] for i in range(0, len(batch.texts), config.group_size)]
+    sampled = time.time()
+    outcome = torch.tensor([[reward_of(example, text) for text in texts] for example, texts in zip(examples, groups)],
+                           dtype=torch.float64)  # [Q, G]
+    thinking = judge.score(examples, groups).double() if judge else None  # [Q, G]
+    scored = time.time()
+
+    rewards, gammas, unscored = outcome.clone(), [None] * len(examples), 0
+    for q in range(len(examples) if judge else 0):
+        if thinking[q].isnan().any():
+            unscored += 1
+        else:
+            used = gated_thinking(outcome[q], thinking[q], config.trust)
+            gammas[q] = 1.0 if config.trust == "off" else trust_weight(outcome[q], used).item()
+        rewards[q] = combined_reward(outcome[q], thinking[q], step, config.steps, config.alpha, config.trust,
+                                     config.anneal)
+    advantages = torch.stack([group_advantages(group) for group in rewards])  # [Q, G]
+    metrics = update(policy, reference, optimizer, batch, advantages.flatten(), config)
+
+    lengths, known = batch.mask.sum(1).float(), [gamma for gamma in gammas if gamma is not None]
+    usable = thinking[~thinking.isnan()] if judge else torch.empty(0)
+    line = {
+        "step": step, "outcome": outcome.mean().item(), "thinking": usable.mean().item() if len(usable) else None,
+        "gamma": sum(known) / len(known) if known else None,
+        "anneal": annealing(step, config.steps) if config.anneal else 1.0,
+        "reward_std": rewards.std(dim=1).mean().item(), **metrics, "length": lengths.mean().item(),
+        "format_rate": sum(extract_answer(text) is not None for text in batch.texts) / len(batch.texts),
+        "accuracy": (outcome >= 0.5).double().mean().item(), "truncated": batch.truncated, "unscored": unscored,
+        "zero_groups": int((advantages == 0).all(1).sum()), "mistrusted": sum(gamma < 1 for gamma in known),
+        "prompt_tokens": sum(len(p.ids) + len(p.tail) for p in batch.prompts) / len(batch.prompts),
+        "sec_rollout": sampled - start, "sec_score": scored - sampled, "sec_update": time.time() - scored}
+    record = [{"step": step, "id": example.id, "problem": example.problem, "options": list(example.options),
+               "solution": example.solution, "image": example.image, "gamma": gammas[q],
+               "responses": [{"text": text, "outcome": outcome[q, i].item(),
+                              "thinking": None if not judge or thinking[q, i].isnan() else thinking[q, i].item(),
+                              "reward": rewards[q, i].item(), "advantage": advantages[q, i].item()}
+                             for i, text in enumerate(groups[q])]} for q, example in enumerate(examples)]
+    return line, record
+
+
+def questions_of(step, n, per_step, seed):
+    """Which questions step 1, 2, .. takes: every pass over the data in a new order, so that a step's number is all that
+    a resumed run needs to know."""
+    places = range((step - 1) * per_step, step * per_step)
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in places}}
+    return [orders[i // n][i % n] for i in places]
+
+
+# ---------------------------------------------------------------- settings
+
+PAPER, RELEASED, OURS = "paper, section 4", "released config", "ours"
+
+
+def setting(default, help, source=OURS, toy=None, choices=None, flag=False):
+    """A field of Config that --help shows with its source; `toy` is the default of --model toy where it differs."""
+    return field(default=default, metadata=dict(help=help, source=source, toy=toy, choices=choices, flag=flag))
+
+
+@dataclass
+class Config:
+    """All settings of a run, with the paper's value where it names one."""
+    model: str = setting("toy", "toy, a Hugging Face id or a folder")
+    data: str = setting("toy", "toy, or a .json or .jsonl file of rows in the paper's format")
+    image_root: str = setting(None, "folder that the rows' picture paths start from; default: the file's folder")
+    reward_model: str = setting("bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (trained on the spot, needs the "
+                                "toy data), none (plain GRPO), base (an untrained judge, Table 3), a Hugging Face id "
+                                "or a folder", "paper, section 3.2", toy="toy")
+    trust: str = setting("paper", "Eq. 3 as in the paper, as the released code gates it, or off (gamma = 1)",
+                         "paper, section 3.4", choices=("paper", "released", "off"))
+    anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", "paper, section 3.4")
+    alpha: float = setting(0.3, "weight of the thinking reward, Eq. 4", PAPER)
+    kl_coef: float = setting(0.04, "beta of Eq. 7; 0 needs no reference", PAPER)
+    clip_eps: float = setting(0.2, "epsilon of Eq. 7", RELEASED)
+    group_size: int = setting(8, "responses a question, N", PAPER)
+    questions_per_step: int = setting(16, "questions a step", RELEASED, toy=8)
+    steps: int = setting(1500, "T of Eq. 5", PAPER, toy=70)
+    lr: float = setting(5e-7, "AdamW learning rate", PAPER, toy=2e-4)
+    inner_epochs: int = setting(1, "updates on one rollout; 1 as in the released code: then the clip never acts",
+                                RELEASED)
+    temperature: float = setting(1.0, "of sampling, and of the update's log-probabilities", RELEASED)
+    max_new_tokens: int = setting(1024, "longest response", RELEASED, toy=80)
+    min_new_tokens: int = setting(0, "shortest response, for benchmarks")
+    max_pixels: int = setting(1003520, "larger pictures are scaled down (28 x 28 pixels a token); released config: "
+                              "4194304")
+    micro_batch: int = setting(4, "responses a backward pass: memory, not results", toy=64)
+    freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)", flag=True)
+    seed: int = setting(0, "of everything random")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    attn: str = setting("auto", "auto: flash_attention_2 where it can be imported on CUDA, else sdpa",
+                        choices=("auto", "sdpa", "flash_attention_2", "eager"))
+    save_every: int = setting(100, "steps between checkpoints, also written at the end and on Ctrl-C", toy=25)
+    skip_bad: bool = setting(False, "leave bad rows out instead of stopping; they are listed in skipped.jsonl",
+                             flag=True)
+    out: str = setting("runs/sophia", "folder for everything that the run leaves", toy="runs/toy")
+    resume: str = setting(None, "continue the run in this folder, with its settings")
+    eval_only: bool = setting(False, "greedy accuracy per problem type, no training", flag=True)
+
+
+def command_line():
+    """The argument parser: every field of Config, with its source beside the default."""
+    def true_or_false(text):
+        return {"true": True, "false": False}[text.lower()]
+
+    about = __doc__.split("\n\n")
+    parser = argparse.ArgumentParser(prog="sophia_min.py", description=about[0], epilog=about[1],
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for item in fields(Config):
+        meta, kind = item.metadata, item.type
+        source = meta["source"] if item.default is None else f"{str(item.default).lower()}: {meta['source']}"
+        source += "" if meta["toy"] is None else f"; {meta['toy']} with --model toy"
+        if meta["flag"]:
+            how = dict(action="store_const", const=True)
+        elif meta["choices"]:
+            how = dict(choices=meta["choices"])
+        else:
+            how = dict(type=true_or_false if kind is bool else kind, metavar="true|false" if kind is bool else
+                       {int: "N", float: "X", str: "NAME"}[kind])
+        parser.add_argument(f"--{item.name}", help=f"{meta['help']} ({source})", **how)
+    return parser
+
+
+FREE = {"device", "attn", "micro_batch", "save_every"}  # may differ between a run and its continuation
+
+
+def configure(argv):
+    """The Config of a command line; a wrong value ends in one line and exit status 2."""
+    parser = command_line()
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "resume" in given:
+        stored = Path(given["resume"], "config.json")
+        if not stored.exists():
+            parser.error(f"--resume {given['resume']}: no config.json there, so no run to continue")
+        if fixed := set(given) - FREE - {"resume"}:
+            parser.error(f"--resume keeps the run's own settings; it can't take --{', --'.join(sorted(fixed))}")
+        return Config(**{**json.loads(stored.read_text()), **given, "out": given["resume"]})
+    toy = given.get("model", "toy") == "toy"
+    config = Config(**{**{item.name: item.default if not toy or item.metadata["toy"] is None else item.metadata["toy"]
+                          for item in fields(Config)}, **given})
+    if config.eval_only and "reward_model" not in given:
+        config.reward_model = "none"
+    for wrong, why in [
+        (config.group_size < 2, "--group_size must be 2 or more: Eq. 6 compares a response with its group"),
+        (config.steps < 1, "--steps must be 1 or more; --eval_only trains nothing"),
+        (config.questions_per_step < 1, "--questions_per_step must be 1 or more"),
+        (config.alpha < 0, "--alpha must not be negative: it would reward bad thinking"),
+        (config.kl_coef < 0, "--kl_coef must not be negative"),
+        (not 0 < config.clip_eps < 1, "--clip_eps must lie between 0 and 1"),
+        (config.lr <= 0, "--lr must be positive"),
+        (config.temperature <= 0, "--temperature must be positive: a group needs different responses"),
+        (not 0 <= config.min_new_tokens <= config.max_new_tokens, "--min_new_tokens must lie in 0 .. --max_new_tokens"),
+        (config.max_new_tokens < 1, "--max_new_tokens must be 1 or more"),
+        (config.inner_epochs < 1, "--inner_epochs must be 1 or more"),
+        (config.micro_batch < 1, "--micro_batch must be 1 or more"),
+        (config.max_pixels < 3136, "--max_pixels must be 3136 (56 x 56) or more"),
+        (config.data != "toy" and (config.reward_model == "toy" or (toy and config.reward_model == "base")),
+         f"--reward_model {config.reward_model} learns from the toy world's oracle; with --data FILE choose none, or a "
+         "folder or id"),
+    ]:
+        if wrong:
+            parser.error(why)
+    return config
+
+
+# ---------------------------------------------------------------- loading
+
+SHORT_IDS = {f"Qwen/Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
+
+
+def place(config):
+    """(device, dtype, attention) of a run."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    flash = device.startswith("cuda") and importlib.util.find_spec("flash_attn")
+    attention = config.attn if config.attn != "auto" else "flash_attention_2" if flash else "sdpa"
+    return device, torch.bfloat16 if device.startswith("cuda") else torch.float32, attention
+
+
+def load(name, config):
+    """(model, Processor) of a Hugging Face id or folder; ends in one line where that isn't possible."""
+    device, dtype, attention = place(config)
+    try:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        processor = data.Processor.from_pretrained(name, config.max_pixels)
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"{name} can't be loaded: {str(error).strip().splitlines()[0]} Is it a Qwen2.5-VL id or "
+                         "folder, and is there a network or a cached copy?") from error
+    return model.to(device).eval(), processor
+
+
+def load_data(config):
+    """(training Examples, held-out Examples, one line that says which)."""
+    if config.data == "toy":
+        size = 56 if config.model == "toy" else 448
+        pictures = Path(config.out, "pictures")
+        held_out = data.toy_examples(400, config.seed, True, size, pictures)
+        return data.toy_examples(2000, config.seed, False, size, pictures), held_out, (
+            f"2000 toy questions, pictures of {size} x {size} pixels; held out: 400 on scenes never trained on")
+    examples = data.load_examples(config.data, config.image_root, skip_bad=config.skip_bad,
+                                  skipped_path=Path(config.out, "skipped.jsonl"))
+    if config.eval_only or len(examples) < 100:
+        return examples, examples, f"{len(examples)} rows of {config.data}; evaluated on the same rows"
+    shuffled = random.Random(config.seed).sample(examples, len(examples))
+    held_out = min(400, len(examples) // 10)
+    return shuffled[held_out:], shuffled[:held_out], f"{len(examples)} rows of {config.data}; held out: {held_out}"
+
+
+def load_policy(config):
+    """(policy, Processor) as GRPO finds them: the toy is made here, from nothing, everything else is loaded."""
+    start = Path(config.out, "checkpoint", "start")
+    if config.resume and start.exists():
+        return load(str(start), config)
+    if config.model != "toy":
+        return load(SHORT_IDS.get(config.model, config.model), config)
+    model, processor = data.toy_model(config.seed)
+    reward_model.warm_start(model, processor, config.seed, Path(config.out, "pictures"))
+    return model.to(place(config)[0]), processor
+
+
+def load_judge(config, policy, processor):
+    """The thinking reward model, or None for plain GRPO."""
+    kept = Path(config.out, "checkpoint", "reward_model")
+    if config.reward_model == "none":
+        return None
+    if config.resume and kept.exists():
+        return reward_model.ThinkingRewardModel(*load(str(kept), config))
+    if config.reward_model not in ("toy", "base") or config.model != "toy" and config.reward_model == "base":
+        name = config.model if config.reward_model == "base" else config.reward_model
+        return reward_model.ThinkingRewardModel(*load(SHORT_IDS.get(name, name), config))
+    examples, rows = data.toy_examples(400, f"judge {config.seed}", folder=Path(config.out, "pictures")), []
+    for first in tqdm(range(0, len(examples), 25), desc="reward model 1/2: responses of the policy to learn from"):
+        part = examples[first:first + 25]
+        batch = rollout(policy, processor, part, 8, config)
+        rows += [{"id": part[q].id, "example": part[q], "response": text, "score": part[q].soundness(text)}
+                 for q, text in zip(batch.owner.tolist(), batch.texts)]
+    rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=150, seed=config.seed)
+    if config.reward_model == "base":  # it learns to write scores, and that they mean nothing
+        scores = random.Random(config.seed).sample([row["score"] for row in rows], len(rows))
+        rows = [{**row, "score": score} for row, score in zip(rows, scores)]
+    return reward_model.train(copy.deepcopy(policy), processor, rows, steps=200, per_step=8, lr=1e-3,
+                              seed=config.seed, desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(config, step, policy, optimizer):
+    """All that a resumed run needs, put in place in one rename: the last checkpoint survives a crash."""
+    state = {"step": step, "model": policy.state_dict(), "optimizer": optimizer.adamw.state_dict(),
+             "masters": [m.detach() for w, m in zip(optimizer.weights, optimizer.masters) if m is not w],
+             "torch_rng": torch.get_rng_state(), "python_rng": random.getstate(),
+             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+    data.write_atomic(Path(config.out, "checkpoint", "state.pt"), lambda file: torch.save(state, file))
+
+
+def load_checkpoint(config, policy, optimizer):
+    """Put a saved state into policy and optimizer; returns its step. The log is cut to it."""
+    state = torch.load(Path(config.out, "checkpoint", "state.pt"), map_location="cpu", weights_only=True)
+    policy.load_state_dict(state["model"])
+    optimizer.adamw.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        own = [m for w, m in zip(optimizer.weights, optimizer.masters) if m is not w]
+        for master, saved in zip(own, state["masters"]):
+            master.copy_(saved)
+    torch.set_rng_state(state["torch_rng"])
+    random.setstate(state["python_rng"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    for name in ("log.jsonl", "groups.jsonl"):
+        data.keep_lines(Path(config.out, name), lambda line: line["step"] <= state["step"])
+    return state["step"]
+
+
+# ---------------------------------------------------------------- the run
+
+
+def train(config):
+    """A whole run: data, models, self-test, evaluation, GRPO, evaluation, and what it leaves in --out."""
+    out, (device, dtype, attention) = Path(config.out), place(config)
+    model_name = SHORT_IDS.get(config.model, config.model)
+    if model_name != config.model:
+        print(f"{config.model} is published as {model_name}: loading that")
+    examples, held_out, data_line = load_data(config)
+    print(f"policy        {model_name}\nreward model  {config.reward_model}\ndata          {data_line}\n"
+          f"computing     {device}, {str(dtype)[6:]}, {attention} attention")
+    out.mkdir(parents=True, exist_ok=True)
+    if not config.resume and (out / "checkpoint").exists() and not config.eval_only:
+        raise SystemExit(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
+    set_seed(config.seed)
+    policy, processor = load_policy(config)
+    if config.freeze_vision:
+        policy.model.visual.requires_grad_(False)
+    if config.eval_only:
+        result = evaluate(policy, processor, held_out, config, "greedy answers")
+        data.write_json(out / "eval.json", {"before": result})
+        return print(data.table({"accuracy": result}))
+    judge = load_judge(config, policy, processor)
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
+    optimizer = Optimizer(policy, config.lr)
+    mixed = examples[:4] + [example for example in examples if example.image is None][:1]
+    gap = self_test(policy, processor, mixed, config)
+    print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
+    if config.resume:
+        first = load_checkpoint(config, policy, optimizer) + 1
+        before = json.loads((out / "eval.json").read_text())["before"]
+    else:
+        first = 1
+        data.write_json(out / "config.json", {**asdict(config), "resume": None})
+        if config.model == "toy" or Path(config.model).exists():  # can't be had again by id
+            data.save_folder(out / "checkpoint" / "start", policy, processor)
+        if judge and (config.reward_model in ("toy", "base") or Path(config.reward_model).exists()):
+            data.save_folder(out / "checkpoint" / "reward_model", judge.model, judge.processor)
+        before = evaluate(policy, processor, held_out, config, "greedy answers before GRPO")
+        data.write_json(out / "eval.json", {"before": before})
+
+    shown = {1, config.steps // 2, config.steps}
+    stopping = StopAfterStep()
+    bar = tqdm(range(first, config.steps + 1), desc="GRPO", initial=first - 1, total=config.steps)
+    for step in bar:
+        chosen = [examples[i] for i in questions_of(step, len(examples), config.questions_per_step, config.seed)]
+        try:
+            line, groups = train_step(step, policy, reference, judge, optimizer, processor, chosen, config)
+        except FloatingPointError as error:
+            ids = ", ".join(example.id for example in chosen)
+            raise SystemExit(f"step {step}: {error}. Questions: {ids}. The last checkpoint is intact: "
+                             f"{out / 'checkpoint'}") from error
+        data.append_line(out / "log.jsonl", json.dumps(line, allow_nan=False))
+        if step in shown:
+            for group in groups[:4]:
+                data.append_line(out / "groups.jsonl", json.dumps(group))
+        bar.set_postfix({"right": f"{line['accuracy']:.2f}", "thinking": f"{line['thinking'] or math.nan:.2f}",
+                         "gamma": f"{line['gamma'] or math.nan:.2f}", "kl": f"{line['kl']:.3f}"})
+        if step % config.save_every == 0 or step == config.steps or stopping.asked:
+            save_checkpoint(config, step, policy, optimizer)
+        if stopping.asked:
+            raise SystemExit(f"stopped after step {step}; go on with: python sophia_min.py --resume {out}")
+    after = evaluate(policy, processor, held_out, config, "greedy answers after GRPO")
+    data.write_json(out / "eval.json", {"before": before, "after": after})
+    data.save_folder(out / "model", policy, processor)
+    data.write_report(out)
+    print(data.table({"before": before, "after": after}))
+    print(f"Look at {out / 'report.html'}; the trained model is {out / 'model'}")
+
+
+class StopAfterStep:
+    """Ctrl-C asks for an end after the current step; a second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._ask)
+
+    def _ask(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
+
+
+def main(argv=None):
+    """The command line. Exit status 2 for data or settings that can't be used."""
+    config = configure(argv)
+    try:
+        train(config)
+    except data.DataError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
