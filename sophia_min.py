@@ -57,34 +57,24 @@ def extract_answer(response: str) -> str | None:
     return None if has_more_tags else answer.strip()
 
 
-def numerical_rule(answer: str, truth: str, options: list[str]) -> float:
-    return float(data.same_value(answer, truth))
-
-
-def multiple_choice_rule(answer: str, truth: str, options: list[str]) -> float:
-    chosen = data.chosen_options(answer, options)  # empty for a hedge, which is never right
-    return float(bool(chosen) and chosen == data.chosen_options(truth, options))
-
-
-def ocr_rule(answer: str, truth: str, options: list[str]) -> float:
-    return math.exp(-data.word_error_rate(answer, truth))  # the paper's -WER would never reach the 0.5 of Eq. 1
-
-
-def free_form_rule(answer: str, truth: str, options: list[str]) -> float:
-    return data.rouge(answer, truth)
-
-
-OUTCOME_RULES = {"numerical": numerical_rule, "multiple choice": multiple_choice_rule, "OCR": ocr_rule,
-                 "free-form": free_form_rule, "text": free_form_rule}
-
-
 def outcome_reward(response: str, solution: str, problem_type: str, options: list[str] = ()) -> float:
-    """R^o in [0, 1]; 0 for a response in the wrong format, and for an empty answer or truth."""
-    if problem_type not in OUTCOME_RULES:
-        raise ValueError(f"unknown problem_type {problem_type!r}, known are {', '.join(OUTCOME_RULES)}")
+    """R^o in [0, 1] of a response, by the rule of its problem type; 0 for the wrong format, an empty answer or an empty
+    truth. `solution` may carry <answer> tags. Raises ValueError for an unknown type."""
+    if problem_type not in data.PROBLEM_TYPES:
+        raise ValueError(f"unknown problem_type {problem_type!r}, known are {', '.join(data.PROBLEM_TYPES)}")
     answer = extract_answer(response)
     truth = solution.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
-    return OUTCOME_RULES[problem_type](answer, truth, options) if answer and truth else 0.0
+    if not answer or not truth:
+        return 0.0
+    if problem_type == "numerical":
+        return float(data.same_value(answer, truth))
+    if problem_type == "multiple choice":
+        chosen = data.chosen_options(answer, options)  # empty for a hedge, which is never right
+        return float(bool(chosen) and chosen == data.chosen_options(truth, options))
+    if problem_type == "OCR":
+        return math.exp(-data.word_error_rate(answer, truth))  # the paper's -WER would never reach the 0.5 of Eq. 1
+    return data.rouge(answer, truth)  # free-form, text
+
 
 # ---------------------------------------------------------------- section 3.4: Trust-GRPO, Eq. 1-7
 
