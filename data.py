@@ -331,31 +331,38 @@ class Processor:
         """The text of token ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
-    def chat(self, text, image=None, system=None):
-        """The Prompt of one user turn: the picture first, then the text; its `tail` opens the assistant's turn."""
-        before, after = self._layout(image is not None, system)
+    def chat(self, text, image=None, system=None, then=None):
+        """The Prompt of one user turn, the picture first, then the text; its `tail` opens the assistant's turn. With
+        `then`, `ids` end inside the assistant's turn, and `tail` closes it, asks `then` and opens the next."""
+        before, *after = self._layout(image is not None, system, then)
+        ids = self.encode(text) + (after.pop(0) if then else [])
         if image is None:
-            return Prompt(before + self.encode(text), after)
+            return Prompt(before + ids, after[0])
         pixel_values, grid = self.picture(image)
         at, tokens = before.index(self.image_token), int(grid.prod()) // self.image_processor.merge_size ** 2
-        ids = before[:at] + [self.image_token] * tokens + before[at + 1:] + self.encode(text)
-        return Prompt(ids, after, pixel_values, grid)
+        return Prompt(before[:at] + [self.image_token] * tokens + before[at + 1:] + ids, after[0], pixel_values, grid)
 
     def question(self, example):
         """The policy's Prompt for an Example; all but its last token is shared by the group of responses."""
-        text = "\n".join([example.problem, *example.options, ANSWER_FORM[example.problem_type]])
-        prompt = self.chat(text, example.image, SYSTEM_PROMPT)
+        prompt = self.chat(question_text(example), example.image, SYSTEM_PROMPT)
         return replace(prompt, ids=prompt.ids + prompt.tail[:-1], tail=prompt.tail[-1:])
 
-    def _layout(self, with_picture, system):
-        """Token ids of the chat template before and after the user's text. The template is rendered around a stand-in,
-        so that the text itself never passes through it: "<|im_end|>" in a question must not end the turn."""
+    def _layout(self, with_picture, system, then):
+        """Token ids of the chat template around the user's text (and the response, if a turn follows). It is rendered
+        with stand-ins, so that no text passes through it: "<|im_end|>" in a question must not end the turn."""
         stand_in = "\N{OBJECT REPLACEMENT CHARACTER}"
         content = [{"type": "image"}] * with_picture + [{"type": "text", "text": stand_in}]
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": content})
+        if then:
+            messages += [{"role": "assistant", "content": stand_in}, {"role": "user", "content": then}]
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return [self.tokenizer.encode(part, add_special_tokens=False) for part in rendered.split(stand_in)]
+
+
+def question_text(example):
+    """What the user's turn says: the problem, its options, and the form of the answer."""
+    return "\n".join([example.problem, *example.options, ANSWER_FORM[example.problem_type]])
 
 
 # ---------------------------------------------------------------- text measures
@@ -617,6 +624,7 @@ class ToyQuestion:
         mixed = any(not word.isascii() or word.lower() in ENGLISH for word in words)
         thinking = re.sub(r"\w+", lambda word: ENGLISH.get(word[0].lower(), word[0]), thinking)
         final = self._tidy(re.sub(r"</?answer>", " ", final))
+        thinking = re.sub(r"\w+,? no,? ", "", thinking)  # "red no blue" takes red back
         believed, wrong, repeated, follows = {}, 0, 0, True
         for sentence in re.split(r"[.;\n]+", thinking):
             if conclusion := re.search(r"\banswer\b.*?(?:\bis\b|:)\s*(.+)", sentence, re.I):
@@ -628,15 +636,16 @@ class ToyQuestion:
                 wrong += cell >= len(self.scene) or self.scene[cell][attribute] != value
                 repeated += believed.get((cell, attribute)) == value
                 believed[cell, attribute] = value
-        needed = {"numerical": [(i, a) for i in range(len(self.scene)) for a in (0, 1)],
-                  "multiple choice": [(self.cell, self.attribute)],
-                  "OCR": [(i, 1) for i in range(4)]}.get(self.problem_type, [(i, a) for i in range(4) for a in (0, 1)])
-        supported = all(key in believed for key in needed) and not GUESSING.search(thinking)
-        scene = [(believed.get((i, 0)), believed.get((i, 1))) for i in range(4)]
-        if self.problem_type == "numerical":
-            scene = [shown for shown in scene if any(shown)]
-        follows &= all(key in believed for key in needed if self.problem_type != "numerical") and (
-            final == self._tidy(self.answer(scene)))
+        shown = range(len(self.scene))
+        needed = {"multiple choice": [(self.cell, self.attribute)], "OCR": [(i, 1) for i in shown]}.get(
+            self.problem_type, [(i, a) for i in shown for a in (0, 1)])
+        complete = all(key in believed for key in needed)
+        supported = complete and not GUESSING.search(thinking)
+        scene = [(believed.get((i, 0)), believed.get((i, 1))) for i in shown]
+        if self.problem_type == "numerical":  # as many as are claimed
+            follows &= final == [str(len({cell for cell, _ in believed}))]
+        else:
+            follows &= complete and final == self._tidy(self.answer(scene))
         cost = 4 * (not follows) + (0, 4, 6)[min(wrong, 2)] + 4 * (not supported) + 2 * mixed + min(repeated, 3)
         return max(0, 10 - cost) / 10
 
@@ -659,6 +668,10 @@ class ToyQuestion:
             if self.problem_type == "numerical" and rng.random() < 0.5:
                 scene = scene[:-1] if len(scene) > 1 else scene + invented[:1]
         claims = [f"{where} is {' '.join(shown)}." for where, shown in zip(CELLS, scene)]
+        if not habits:  # sound thinking may slip if it notices, as a judge of others must be able to
+            noticed = [[f"{slip} no {value}" if rng.random() < 0.25 and slip != value else value
+                        for slip, value in zip(slips, shown)] for slips, shown in zip(invented, scene)]
+            claims = [f"{where} is {' '.join(said)}." for where, said in zip(CELLS, noticed)]
         if flaw == "language":
             claims = [re.sub(r"\w+", lambda word: SPANISH.get(word[0], word[0]), claim) for claim in claims]
         if flaw == "redundancy":
@@ -717,7 +730,7 @@ def toy_questions(n, seed, held_out=False):
     while len(questions) < n:
         problem_type = ("numerical", "multiple choice", "OCR", "free-form")[len(questions) % 4]
         glyphs = LETTERS if problem_type == "OCR" else SHAPES
-        shown = rng.randint(1, 4) if problem_type == "numerical" else 4
+        shown = {"numerical": rng.randint(1, 4), "free-form": 2}.get(problem_type, 4)
         scene = tuple((rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in range(shown))
         question = ToyQuestion(problem_type, {"numerical": "How many shapes are there?", "OCR": "Read the letters.",
                                               "free-form": "Describe the picture."}.get(problem_type), scene)
@@ -852,9 +865,14 @@ def append_line(path, text):
 
 
 def read_lines(path):
-    """The objects of a JSON lines file; a half line, left by a crash, is passed over."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    """The objects of a JSON lines file. A line torn by a crash is passed over: it can't be read as JSON."""
+    lines = []
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
 
 
 def keep_lines(path, wanted):
@@ -877,9 +895,11 @@ def save_folder(folder, model, processor):
 
 
 def rise(before, after):
-    """(mean, half width of its 95% interval) of the change a question, for 0/1 results on the same questions."""
+    """The change a question in words, with its 95% interval (normal, paired), for 0/1 results on the same questions."""
     changes = np.subtract(after, before)
-    return changes.mean(), 1.96 * changes.std(ddof=1) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
+    half = 1.96 * changes.std(ddof=1) / math.sqrt(len(changes)) if len(changes) >= 30 else math.nan
+    interval = f"95% interval {changes.mean() - half:+.3f} to {changes.mean() + half:+.3f}"
+    return f"{changes.mean():+.3f}, {'too few questions for an interval' if math.isnan(half) else interval}"
 
 
 def table(results):
@@ -891,14 +911,12 @@ def table(results):
     rows.append(("in the right format", [c["format_rate"] for c in columns], ""))
     if "soundness" in last:
         rows.append(("sound thinking, of right answers", [c["soundness"] for c in columns], ""))
-    cells = ["" if value is None else f"{value:.3f}" for _, values, _ in rows for value in values]
     lines = [" " * 34 + "".join(f"{name:>10}" for name in results)]
-    for i, (name, _, note) in enumerate(rows):
-        lines.append(f"{name:<34}" + "".join(f"{c:>10}" for c in cells[i * len(columns):(i + 1) * len(columns)])
-                     + f"  {note}")
+    for name, values, note in rows:
+        cells = [f"{'-' if value is None else format(value, '.3f'):>10}" for value in values]
+        lines.append(f"{name:<34}{''.join(cells)}  {note}".rstrip())
     if len(columns) == 2:
-        mean, half = rise(columns[0]["right"], last["right"])
-        lines.append(f"change in right answers: {mean:+.3f}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}")
+        lines.append(f"change in right answers: {rise(columns[0]['right'], last['right'])}")
     return "\n".join(lines)
 
 

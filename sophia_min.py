@@ -99,9 +99,9 @@ def released_gate(outcome, thinking):
     """What the official code does instead of scoring everyone: 1 where R^t counts, else 0 [G]. Responses with
     R^o < 0.2 get R^t = 0; groups all >= 0.9 or all <= 0.1 lose the term. So mu_w = 0 on 0/1 outcomes, and gamma is
     always 1."""
-    if (outcome >= 0.9).all() or (outcome <= 0.1).all():
+    if (outcome >= 0.9).all():
         return torch.zeros_like(thinking)
-    return (outcome >= 0.2).to(thinking.dtype)
+    return (outcome >= 0.2).to(thinking.dtype)  # all 0 where all are <= 0.1
 
 
 def gated_thinking(outcome, thinking, trust):
@@ -589,19 +589,21 @@ def load_data(config):
 
 
 def load_policy(config):
-    """(policy, Processor) as GRPO finds them: the toy is made here, from nothing, everything else is loaded."""
+    """(policy, Processor, what a judge of the toy world starts from). The toy is made here, from nothing; anything else
+    is loaded."""
     start = Path(config.out, "checkpoint", "start")
-    if config.resume and start.exists():
-        return load(str(start), config)
-    if config.model != "toy":
-        return load(SHORT_IDS.get(config.model, config.model), config)
-    model, processor = data.toy_model(config.seed)
-    reward_model.warm_start(model, processor, config.seed, Path(config.out, "pictures"))
-    return model.to(place(config)[0]), processor
+    if config.model == "toy" and not start.exists():
+        model, processor = data.toy_model(config.seed)
+        judge_start = reward_model.warm_start(model, processor, config.seed, Path(config.out, "pictures"))
+        return model.to(place(config)[0]), processor, judge_start.to(place(config)[0])
+    name = str(start) if config.resume and start.exists() else SHORT_IDS.get(config.model, config.model)
+    model, processor = load(name, config)
+    return model, processor, model
 
 
-def load_judge(config, policy, processor):
-    """The thinking reward model, or None for plain GRPO."""
+def load_judge(config, policy, processor, judge_start):
+    """The thinking reward model, or None for plain GRPO. In the toy world it is trained here, as in section 3.2: on the
+    policy's responses, labelled, filtered and balanced over the score intervals."""
     kept = Path(config.out, "checkpoint", "reward_model")
     if config.reward_model == "none":
         return None
@@ -616,11 +618,11 @@ def load_judge(config, policy, processor):
         batch = rollout(policy, processor, part, 8, config)
         rows += [{"id": part[q].id, "example": part[q], "response": text, "score": part[q].soundness(text)}
                  for q, text in zip(batch.owner.tolist(), batch.texts)]
-    rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=150, seed=config.seed)
+    rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=250, seed=config.seed)
     if config.reward_model == "base":  # it learns to write scores, and that they mean nothing
         scores = random.Random(config.seed).sample([row["score"] for row in rows], len(rows))
         rows = [{**row, "score": score} for row, score in zip(rows, scores)]
-    return reward_model.train(copy.deepcopy(policy), processor, rows, steps=200, per_step=8, lr=1e-3,
+    return reward_model.train(copy.deepcopy(judge_start), processor, rows, steps=250, per_step=8, lr=1e-3,
                               seed=config.seed, desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
 
 
@@ -670,14 +672,15 @@ def train(config):
     if not config.resume and (out / "checkpoint").exists() and not config.eval_only:
         raise SystemExit(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     set_seed(config.seed)
-    policy, processor = load_policy(config)
+    policy, processor, judge_start = load_policy(config)
     if config.freeze_vision:
         policy.model.visual.requires_grad_(False)
     if config.eval_only:
         result = evaluate(policy, processor, held_out, config, "greedy answers")
         data.write_json(out / "eval.json", {"before": result})
         return print(data.table({"accuracy": result}))
-    judge = load_judge(config, policy, processor)
+    judge = load_judge(config, policy, processor, judge_start)
+    del judge_start
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
     optimizer = Optimizer(policy, config.lr)
     mixed = examples[:4] + [example for example in examples if example.image is None][:1]
@@ -711,8 +714,8 @@ def train(config):
         if step in shown:
             for group in groups[:4]:
                 data.append_line(out / "groups.jsonl", json.dumps(group))
-        bar.set_postfix({"right": f"{line['accuracy']:.2f}", "thinking": f"{line['thinking'] or math.nan:.2f}",
-                         "gamma": f"{line['gamma'] or math.nan:.2f}", "kl": f"{line['kl']:.3f}"})
+        bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
+                         if line[name] is not None})
         if step % config.save_every == 0 or step == config.steps or stopping.asked:
             save_checkpoint(config, step, policy, optimizer)
         if stopping.asked:
