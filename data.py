@@ -757,12 +757,13 @@ def toy_examples(n, seed, held_out=False, size=56, folder=None):
     folder = Path(folder or Path(tempfile.gettempdir()) / f"sophia_min_toy_{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
-    for i, question in enumerate(toy_questions(n, seed, held_out)):
+    questions = tqdm(toy_questions(n, seed, held_out), desc="drawing pictures", delay=2, leave=False)
+    for i, question in enumerate(questions):
         image = folder / f"{size}_{zlib.crc32(repr(question.scene).encode()):08x}.png"
         if not image.exists():
-            png = io.BytesIO()
-            draw(question.scene, size).save(png, "PNG")
-            write_atomic(image, png.getvalue())
+            beside = image.with_suffix(f".{os.getpid()}.tmp")
+            draw(question.scene, size).save(beside, "PNG")
+            os.replace(beside, image)
         options = tuple(f"{letter}. {choice}" for letter, choice in zip("ABCD", question.choices))
         examples.append(Example(f"toy-{'held-out' if held_out else 'train'}-{seed}-{i}", question.problem,
                                 question.problem_type, options, question.answer(), str(image), "toy",

@@ -168,14 +168,14 @@ def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
     """
     def chunk(logits, ids):
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # [n, R, V]
-        scaled = scaled.index_fill(-1, forbidden, -math.inf)
+        allowed = scaled.index_fill(-1, forbidden, -math.inf)
         if no_end:
-            early = scaled[:, :no_end].index_fill(-1, torch.tensor(eos_ids, device=logits.device), -math.inf)
-            scaled = torch.cat([early, scaled[:, no_end:]], 1)
-        logp = scaled.log_softmax(-1)  # [n, R, V]
+            early = allowed[:, :no_end].index_fill(-1, torch.tensor(eos_ids, device=logits.device), -math.inf)
+            allowed = torch.cat([early, allowed[:, no_end:]], 1)
+        logp = scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - allowed.logsumexp(-1)  # [n, R]
         with torch.no_grad():
-            entropy = torch.special.entr(logp.exp()).sum(-1)  # [n, R]
-        return logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy
+            entropy = torch.special.entr(allowed.softmax(-1)).sum(-1)  # [n, R]
+        return logp, entropy  # finite even where an id is ruled out
 
     rows = max(1, 2 ** 27 // logits[0].numel())
     parts = [recompute(chunk, *part, use_reentrant=False)
@@ -484,7 +484,9 @@ class Config:
 def command_line():
     """The argument parser: every field of Config, with its source beside the default."""
     def true_or_false(text):
-        return {"true": True, "false": False}[text.lower()]
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
 
     about = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(prog="sophia_min.py", description=about[0], epilog=about[1],
@@ -592,11 +594,11 @@ def load_policy(config):
     """(policy, Processor, what a judge of the toy world starts from). The toy is made here, from nothing; anything else
     is loaded."""
     start = Path(config.out, "checkpoint", "start")
-    if config.model == "toy" and not start.exists():
+    if config.model == "toy" and not config.resume:
         model, processor = data.toy_model(config.seed)
         judge_start = reward_model.warm_start(model, processor, config.seed, Path(config.out, "pictures"))
         return model.to(place(config)[0]), processor, judge_start.to(place(config)[0])
-    name = str(start) if config.resume and start.exists() else SHORT_IDS.get(config.model, config.model)
+    name = str(start) if start.exists() and config.resume else SHORT_IDS.get(config.model, config.model)
     model, processor = load(name, config)
     return model, processor, model
 
