@@ -672,6 +672,8 @@ class ToyQuestion:
             noticed = [[f"{slip} no {value}" if rng.random() < 0.25 and slip != value else value
                         for slip, value in zip(slips, shown)] for slips, shown in zip(invented, scene)]
             claims = [f"{where} is {' '.join(said)}." for where, said in zip(CELLS, noticed)]
+        if self.problem_type == "multiple choice":
+            claims = [claims[self.cell]]
         if flaw == "language":
             claims = [re.sub(r"\w+", lambda word: SPANISH.get(word[0], word[0]), claim) for claim in claims]
         if flaw == "redundancy":

@@ -46,7 +46,8 @@ class SharedPrompt:
         self.next_position = self.mask.sum(-1) + delta.squeeze(-1)  # [B]
         cache = model(input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, pixel_values=pixels,
                       image_grid_thw=grid, use_cache=True, logits_to_keep=1).past_key_values
-        assert cache is not None, "the model dropped its cache: switch gradient checkpointing off"
+        if cache is None:
+            raise RuntimeError("the model dropped its cache: switch gradient checkpointing off, it works against it")
         self.keys_values = [(layer.keys, layer.values) for layer in cache.layers]  # each [B, heads, P, dim]
 
     def cut(self):
@@ -81,8 +82,9 @@ def target_logits(model, shared, owner, tails, targets):
 
 @torch.no_grad()
 def generate(model, shared, owner, tails, max_new_tokens, temperature=None, scores=False, **limits):
-    """New token ids [N, R] (and with `scores` the logits [N, R, V] they were drawn from), sampled at `temperature` or
-    greedily. Every sampling filter is given explicitly: HF fills the gaps from the checkpoint's own settings."""
+    """New token ids [N, R], sampled at `temperature` or greedily; with `scores` also the logits [N, R, V] and what the
+    sampling filters made of them. Every filter is given explicitly: HF fills the gaps from the checkpoint's settings.
+    """
     ids, mask = pad(tails, "left")
     inputs = shared.continued(owner, ids, mask)
     inputs["input_ids"] = torch.cat([shared.ids[owner], inputs["input_ids"]], 1)  # generate wants the whole sequence
@@ -90,10 +92,11 @@ def generate(model, shared, owner, tails, max_new_tokens, temperature=None, scor
     sampling = dict(do_sample=False)
     if temperature:
         sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
-    out = model.generate(**inputs, **sampling, repetition_penalty=1.0, num_beams=1,
-                         max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_scores=scores, **limits)
+    out = model.generate(**inputs, **sampling, repetition_penalty=1.0, min_p=None, num_beams=1,
+                         max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_scores=scores,
+                         output_logits=scores, **limits)
     new = out.sequences[:, inputs["input_ids"].shape[1]:]
-    return (new, torch.stack(out.scores, 1)) if scores else new
+    return (new, torch.stack(out.logits, 1), torch.stack(out.scores, 1)) if scores else new
 
 
 def sft(model, items, encode, steps, per_step, lr, desc, seed=0):
