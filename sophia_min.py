@@ -17,7 +17,7 @@ Departures from the paper, all of them:
 - Eq. 7 names one ratio a response; like the released code we take one a token, and a response's mean over its tokens.
 - No entropy bonus (the released code has one of 1e-3). top_p is 1 in sampling (released: 0.9, ignored by its update).
 - The thinking reward model reads the response as a turn of its own, after picture and question, and is asked in our
-  words; the released one reads one decoded text. `--trust released` repeats the released gating of R^t; see `released_gate`.
+  words; the released one reads one decoded text. `--trust released` repeats its gating of R^t: `released_gate`.
 - Responses of a group share one computation of their prompt (`reward_model.SharedPrompt`): faster, the same numbers.
 """
 import argparse
