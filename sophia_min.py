@@ -724,9 +724,10 @@ def train(config):
                 data.append_line(out / "groups.jsonl", json.dumps(group))
         bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
                          if line[name] is not None})
-        if step % config.save_every == 0 or step == config.steps or stopping.asked:
+        stop = stopping.asked  # read once: a Ctrl-C between saving and stopping must not lose the step
+        if step % config.save_every == 0 or step == config.steps or stop:
             save_checkpoint(config, step, policy, optimizer)
-        if stopping.asked:
+        if stop:
             raise SystemExit(f"stopped after step {step}; go on with: python sophia_min.py --resume {out}")
     after = evaluate(policy, processor, held_out, config, "greedy answers after GRPO")
     data.write_json(out / "eval.json", {"before": before, "after": after})
