@@ -523,6 +523,8 @@ def configure(argv):
         stored = Path(given["resume"], "config.json")
         if not stored.exists():
             parser.error(f"--resume {given['resume']}: no config.json there, so no run to continue")
+        if not Path(given["resume"], "checkpoint", "state.pt").exists():
+            parser.error(f"--resume {given['resume']}: it ended before its first checkpoint; start it again")
         if fixed := set(given) - FREE - {"resume"}:
             parser.error(f"--resume keeps the run's own settings; it can't take --{', --'.join(sorted(fixed))}")
         return Config(**{**json.loads(stored.read_text()), **given, "out": given["resume"]})
@@ -677,7 +679,7 @@ def train(config):
     print(f"policy        {model_name}\nreward model  {config.reward_model}\ndata          {data_line}\n"
           f"computing     {device}, {str(dtype)[6:]}, {attention} attention")
     out.mkdir(parents=True, exist_ok=True)
-    if not config.resume and (out / "checkpoint").exists() and not config.eval_only:
+    if not config.resume and (out / "checkpoint" / "state.pt").exists():
         raise SystemExit(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     set_seed(config.seed)
     policy, processor, judge_start = load_policy(config)
@@ -699,6 +701,8 @@ def train(config):
         before = json.loads((out / "eval.json").read_text())["before"]
     else:
         first = 1
+        for name in ("log.jsonl", "groups.jsonl"):  # of a run that ended before its first checkpoint
+            (out / name).unlink(missing_ok=True)
         data.write_json(out / "config.json", {**asdict(config), "resume": None})
         if config.model == "toy" or Path(config.model).exists():  # can't be had again by id
             data.save_folder(out / "checkpoint" / "start", policy, processor)

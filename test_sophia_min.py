@@ -2953,6 +2953,21 @@ def test_wrong_settings_end_in_one_line(arguments, reason, capsys):
     assert stop.value.code == 2 and reason in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_run_without_a_checkpoint_starts_again_and_one_with_it_is_kept(toy_run, real_rows, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "log.jsonl").write_text('{"step": 1, "torn": true}\n')
+    with pytest.raises(SystemExit) as stop:
+        sophia_min.main(["--resume", str(out)])
+    assert stop.value.code == 2 and "before its first checkpoint" in capsys.readouterr().err
+    folder_run(toy_run, out, "--data", str(real_rows))
+    assert [line["step"] for line in data.read_lines(out / "log.jsonl")] == [1, 2, 3, 4]
+    with pytest.raises(SystemExit, match="holds a run already"):
+        folder_run(toy_run, out, "--data", str(real_rows))
+    assert set(json.loads((out / "eval.json").read_text())) == {"before", "after"}
+
+
 def test_bad_rows_end_with_status_2_before_a_model_is_loaded(real_rows, tmp_path, capsys, monkeypatch):
     rows = json.loads(real_rows.read_text())
     rows[1]["problem_type"] = "riddle"
