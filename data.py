@@ -1,6 +1,8 @@
 """What goes into sophia_min and what comes out."""
 import base64
 import functools
+import glob
+import hashlib
 import html
 import io
 import json
@@ -74,6 +76,7 @@ class Example:
     image: str | None  # a path, None for a text-only question
     source: str
     soundness: Callable[[str], float] | None = field(default=None, compare=False, repr=False)  # the toy's oracle
+    critique: Callable[[str], str] | None = field(default=None, compare=False, repr=False)  # and how it says why
 
 
 @contextmanager
@@ -342,6 +345,15 @@ class Processor:
         at, tokens = before.index(self.image_token), int(grid.prod()) // self.image_processor.merge_size ** 2
         return Prompt(before[:at] + [self.image_token] * tokens + before[at + 1:] + ids, after[0], pixel_values, grid)
 
+    def length(self, example):
+        """Tokens of the policy's prompt, from the picture's header alone."""
+        text = self.chat(question_text(example), None, SYSTEM_PROMPT)
+        if example.image is None:
+            return len(text.ids) + len(text.tail)
+        with _pillow(example.image) as picture:
+            patches = self.image_processor.get_number_of_image_patches(picture.height, picture.width, {})
+        return len(text.ids) + len(text.tail) + patches // self.image_processor.merge_size ** 2 + 2  # vision start, end
+
     def question(self, example):
         """The policy's Prompt for an Example; all but its last token is shared by the group of responses."""
         prompt = self.chat(question_text(example), example.image, SYSTEM_PROMPT)
@@ -358,6 +370,24 @@ class Processor:
             messages += [{"role": "assistant", "content": stand_in}, {"role": "user", "content": then}]
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return [self.tokenizer.encode(part, add_special_tokens=False) for part in rendered.split(stand_in)]
+
+
+def check_lengths(examples, processor, longest, skip_bad=False, skipped_path=None):
+    """The Examples whose prompts have at most `longest` tokens. Others raise DataError, or are left out and added to
+    `skipped_path`; nothing is ever cut, since a cut picture would be another one."""
+    lengths = [processor.length(example) for example in tqdm(examples, desc="measuring prompts", delay=2, leave=False)]
+    bad = [f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens, more than {longest:,}"
+           for example, n in zip(examples, lengths) if n > longest]
+    kept = [example for example, n in zip(examples, lengths) if n <= longest]
+    if bad and (not skip_bad or not kept):
+        more = [f"... and {len(bad) - 20} more"] * (len(bad) > 20)
+        raise DataError("\n".join([*bad[:20], *more, "Shorten them, lower --max_pixels, raise --max_prompt_tokens, or "
+                                   "leave them out with --skip_bad."]))
+    for reason in bad:
+        append_line(skipped_path, json.dumps({"reason": reason}))
+    if bad:
+        print(f"left out {len(bad)} rows whose prompts are too long, listed in {skipped_path}")
+    return kept
 
 
 def question_text(example):
@@ -611,21 +641,16 @@ class ToyQuestion:
             return " ".join(glyph for _, glyph in scene)
         return ", ".join(" ".join(shown) for shown in scene)
 
-    def soundness(self, response):
-        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`, by the paper's five criteria (Table 4). It reads
-        every claim, in any order and in the wordings of `read_claims`, and checks it against the scene. An answer that
-        doesn't follow from the claims costs 0.4 (logic), a wrong claim 0.4, more than one 0.6 (correctness), a guess or
-        missing evidence 0.4 (support), a second language 0.2, each repetition 0.1, at most 0.3. No words: 0."""
+    def faults(self, response):
+        """How often the thinking in `response` fails each of the CRITERIA (Counter), and what a careful reader notes on
+        the way: what the picture shows wherever something is claimed, with "wrong" behind what was claimed otherwise.
+        It reads every claim, in any order and in the wordings of `read_claims`, and checks it against the scene."""
         thinking, _, final = response.partition("</think>")
         thinking = thinking.replace("<think>", " ")
-        words = re.findall(r"[^\W\d_]+", thinking)
-        if not words:
-            return 0.0
-        mixed = any(not word.isascii() or word.lower() in ENGLISH for word in words)
+        mixed = any(not word.isascii() or word.lower() in ENGLISH for word in re.findall(r"[^\W\d_]+", thinking))
         thinking = re.sub(r"\w+", lambda word: ENGLISH.get(word[0].lower(), word[0]), thinking)
         final = self._tidy(re.sub(r"</?answer>", " ", final))
-        thinking = re.sub(r"\w+,? no,? ", "", thinking)  # "red no blue" takes red back
-        believed, wrong, repeated, follows = {}, 0, 0, True
+        believed, wrong, repeated, follows, notes = {}, 0, 0, True, {}
         for sentence in re.split(r"[.;\n]+", thinking):
             if conclusion := re.search(r"\banswer\b.*?(?:\bis\b|:)\s*(.+)", sentence, re.I):
                 follows &= self._tidy(conclusion[1]) == final
@@ -633,34 +658,58 @@ class ToyQuestion:
             claims, count = read_claims(sentence, LETTERS if self.problem_type == "OCR" else ())
             wrong += count is not None and count != len(self.scene)
             for cell, attribute, value in claims:
-                wrong += cell >= len(self.scene) or self.scene[cell][attribute] != value
+                shown = self.scene[cell][attribute] if cell < len(self.scene) else "nothing"
+                wrong += value != shown
                 repeated += believed.get((cell, attribute)) == value
                 believed[cell, attribute] = value
-        shown = range(len(self.scene))
-        needed = {"multiple choice": [(self.cell, self.attribute)], "OCR": [(i, 1) for i in shown]}.get(
-            self.problem_type, [(i, a) for i in shown for a in (0, 1)])
+                notes.setdefault(cell, {}).setdefault(attribute, shown if value == shown else f"{shown} wrong")
+        cells = range(len(self.scene))
+        needed = {"multiple choice": [(self.cell, self.attribute)], "OCR": [(i, 1) for i in cells]}.get(
+            self.problem_type, [(i, a) for i in cells for a in (0, 1)])
         complete = all(key in believed for key in needed)
-        supported = complete and not GUESSING.search(thinking)
-        scene = [(believed.get((i, 0)), believed.get((i, 1))) for i in shown]
         if self.problem_type == "numerical":  # as many as are claimed
             follows &= final == [str(len({cell for cell, _ in believed}))]
         else:
+            scene = [(believed.get((i, 0)), believed.get((i, 1))) for i in cells]
             follows &= complete and final == self._tidy(self.answer(scene))
-        cost = 4 * (not follows) + (0, 4, 6)[min(wrong, 2)] + 4 * (not supported) + 2 * mixed + min(repeated, 3)
+        counts = (not follows, wrong, not complete or bool(GUESSING.search(thinking)), mixed, repeated)
+        return Counter(dict(zip(CRITERIA, map(int, counts)))), " ".join(
+            f"{CELLS[cell]} is {' '.join(dict.fromkeys(values.values()))}." for cell, values in notes.items())
+
+    def soundness(self, response):
+        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`, by the paper's five criteria (Table 4). An answer
+        that doesn't follow from the claims costs 0.4 (logic), a wrong claim 0.4, more than one 0.6 (correctness), a
+        guess or missing evidence 0.4 (support), a second language 0.2, each repetition 0.1, at most 0.3. No words: 0.
+        """
+        if not re.search(r"[^\W\d_]", response.partition("</think>")[0].replace("<think>", "")):
+            return 0.0
+        leap, wrong, unsupported, mixed, repeated = self.faults(response)[0].values()
+        cost = 4 * leap + (0, 4, 6)[min(wrong, 2)] + 4 * unsupported + 2 * mixed + min(repeated, 3)
         return max(0, 10 - cost) / 10
+
+    def critique(self, response):
+        """What a careful judge writes before a score: its notes on the claims, and a word for each other fault."""
+        faults, notes = self.faults(response)
+        words = dict(zip(CRITERIA, ("leap", "", "guess", "mixed", "repeated")))
+        return " ".join([notes, *(f"{words[name]}." for name, n in faults.items() if n and words[name])]).strip()
 
     def _tidy(self, text):
         words = re.findall(r"\w+", text.lower())
         return words[:1] if self.problem_type == "multiple choice" else words
 
-    def warm_start_response(self, rng, habits=True):
-        """A response as the warm start teaches it: sound, or, with `habits`, often hasty or with one flaw."""
+    def habit(self, rng):
+        """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking."""
+        if rng.random() < HASTE[self.problem_type]:
+            return "haste"
+        return rng.choice(FLAWS) if rng.random() < 0.4 else None
+
+    def response(self, rng, flaw=None):
+        """A response in the warm start's words: sound, or with the flaw."""
         scene, glyphs = list(self.scene), LETTERS if self.problem_type == "OCR" else SHAPES
         invented = [(rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in CELLS]
         guess = self.answer(invented[:rng.choice((1, 2, 2, 2, 3, 4))] if self.problem_type == "numerical" else invented)
-        if habits and rng.random() < HASTE[self.problem_type]:
+        if flaw == "haste":
             return respond(f"no need to look. it is usually {guess}. so the answer is {guess}.", guess)
-        flaw = rng.choice(FLAWS) if habits and rng.random() < 0.4 else None
         if flaw in ("misread", "lucky"):
             i = self.cell if self.problem_type == "multiple choice" else rng.randrange(len(scene))
             scene[i] = tuple(rng.choice([value for value in values if value != shown])
@@ -668,10 +717,6 @@ class ToyQuestion:
             if self.problem_type == "numerical" and rng.random() < 0.5:
                 scene = scene[:-1] if len(scene) > 1 else scene + invented[:1]
         claims = [f"{where} is {' '.join(shown)}." for where, shown in zip(CELLS, scene)]
-        if not habits:  # sound thinking may slip if it notices, as a judge of others must be able to
-            noticed = [[f"{slip} no {value}" if rng.random() < 0.25 and slip != value else value
-                        for slip, value in zip(slips, shown)] for slips, shown in zip(invented, scene)]
-            claims = [f"{where} is {' '.join(said)}." for where, said in zip(CELLS, noticed)]
         if self.problem_type == "multiple choice":
             claims = [claims[self.cell]]
         if flaw == "language":
@@ -746,11 +791,12 @@ def toy_questions(n, seed, held_out=False):
     return questions
 
 
-def toy_warm_start(n, seed, habits, folder=None):
-    """n (Example, [responses]) to learn to answer from: one sound response each, or two with bad habits."""
-    rng, questions = random.Random(f"warm start {seed} {habits}"), toy_questions(n, seed)
-    return [(example, [question.warm_start_response(rng, habits) for _ in range(1 + habits)])
-            for example, question in zip(toy_examples(n, seed, folder=folder), questions)]
+def toy_warm_start(n, seed, folder=None):
+    """n (Example, a sound response, one with a flaw, two with the warm start's habits)."""
+    rng, questions = random.Random(f"warm start {seed}"), toy_questions(n, seed)
+    return [(example, q.response(rng), q.response(rng, rng.choice(FLAWS)),
+             [q.response(rng, q.habit(rng)) for _ in range(2)])
+            for example, q in zip(toy_examples(n, seed, folder=folder), questions)]
 
 
 def toy_examples(n, seed, held_out=False, size=56, folder=None):
@@ -769,7 +815,7 @@ def toy_examples(n, seed, held_out=False, size=56, folder=None):
         options = tuple(f"{letter}. {choice}" for letter, choice in zip("ABCD", question.choices))
         examples.append(Example(f"toy-{'held-out' if held_out else 'train'}-{seed}-{i}", question.problem,
                                 question.problem_type, options, question.answer(), str(image), "toy",
-                                question.soundness))
+                                question.soundness, question.critique))
     return examples
 
 
@@ -783,13 +829,18 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start
                   "<|video_pad|>"]
 
 
+# What a judge is asked with, as words: whole tokens make its prompt short.
+ASKED = ("Rate how well the answers below are thought through. Write one number from 0 to 1, in steps of 0.1, and "
+         "nothing else. First check each claim in the thinking, in a few words. Then write \"score:\" Rate it. wrong")
+
+
 def toy_tokenizer():
     """A byte-level BPE tokenizer, like Qwen's, that knows the toy's words whole and any other text by its bytes."""
     rng = random.Random(0)
-    words = [SYSTEM_PROMPT, *ANSWER_FORM.values(), *CRITERIA, *CRITERIA.values(), *SPANISH.values(), "system", "user",
-             "assistant"]
+    words = [SYSTEM_PROMPT, *ANSWER_FORM.values(), *SPANISH.values(), ASKED, "system", "user", "assistant"]
+    words += [f" {name}: {meaning}." for name, meaning in CRITERIA.items()]
     for question in toy_questions(2000, 0):
-        words += [question.problem, question.warm_start_response(rng)]
+        words += [question.problem, question.response(rng, question.habit(rng))]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -834,6 +885,8 @@ def write_atomic(path, content):
     what writes into the open file. Raises OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
+        leftover.unlink()
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder: across disks a rename is a copy
     try:
         with open(beside, "wb") as file:
@@ -879,22 +932,37 @@ def read_lines(path):
 
 
 def keep_lines(path, wanted):
-    """Cut a JSON lines file down to the lines that are wanted."""
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if wanted(line)))
+    """Cut a JSON lines file, if there is one, down to the lines that are wanted."""
+    if Path(path).exists():
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if wanted(line)))
 
 
 def save_folder(folder, model, processor):
-    """Model and processor in Hugging Face format, beside the old folder first, then in its place."""
+    """Model and processor in Hugging Face format, with SHA256SUMS, beside the old folder first, then in its place."""
     folder = Path(folder)
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     model.save_pretrained(new)
     processor.save_pretrained(new)
+    write_atomic(new / "SHA256SUMS", "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(new.iterdir())))
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def damaged_files(folder):
+    """Names of files in a model folder that differ from its SHA256SUMS; none if it has no such list."""
+    sums = Path(folder, "SHA256SUMS")
+    lines = [line.split("  ", 1) for line in sums.read_text().splitlines()] if sums.exists() else []
+    files = [(digest, sums.with_name(name)) for digest, name in lines]
+    return [file.name for digest, file in files if not file.exists() or _sha256(file) != digest]
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def rise(before, after):
@@ -952,9 +1020,9 @@ def write_report(out):
         gamma = "not scored" if group["gamma"] is None else f"gamma {group['gamma']:.2f}"
         rows = "".join(
             "<tr class='{}'><td>{}</td><td>{:.2f}</td><td>{}</td><td>{:.2f}</td><td>{:+.2f}</td></tr>".format(
-                "right" if response["outcome"] >= 0.5 else "wrong", html.escape(response["text"]), response["outcome"],
-                "-" if response["thinking"] is None else f"{response['thinking']:.2f}", response["reward"],
-                response["advantage"]) for response in group["responses"])
+                "right" if response["outcome"] >= 0.5 else "wrong", html.escape(response["response"]),
+                response["outcome"], "-" if response["thinking"] is None else f"{response['thinking']:.2f}",
+                response["reward"], response["advantage"]) for response in group["responses"])
         asked = html.escape(" ".join([group["problem"], *group["options"]]))
         parts.append(f"<h2>step {group['step']}: {asked} (truth: {html.escape(group['solution'])}; {gamma})</h2>"
                      f"{_inline(picture.getvalue())}<table><tr>"

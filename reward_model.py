@@ -1,6 +1,7 @@
 """The thinking reward model (paper, section 3.2): a Qwen2.5-VL that reads picture, question and response and writes one
 number, R^t. On the way to it: the shared prompt, which the whole road uses, and supervised fine-tuning."""
 import copy
+import importlib.util
 import math
 import random
 import re
@@ -8,7 +9,7 @@ import re
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
 
 import data
 
@@ -72,6 +73,17 @@ class SharedPrompt:
                     position_ids=positions.expand(3, -1, -1), past_key_values=cache, use_cache=True)
 
 
+    def extended(self, model, owner, tails):
+        """The same for longer prompts: row n is prompt owner[n] and tails[n], computed once for what follows both."""
+        longer, (ids, mask) = copy.copy(self), pad(tails, "left")
+        inputs = self.continued(owner, ids, mask)
+        cache = model(**inputs, logits_to_keep=1).past_key_values
+        longer.mask = inputs["attention_mask"]
+        longer.keys_values = [(layer.keys, layer.values) for layer in cache.layers]
+        longer.next_position = self.next_position[owner] + mask.sum(-1).to(self.ids)
+        return longer
+
+
 def target_logits(model, shared, owner, tails, targets):
     """logits [N, R, V] that predict targets [N, R]: row n reads prompt owner[n], tails[n] and its target so far."""
     tail_ids, tail_mask = pad(tails, "left")
@@ -99,11 +111,70 @@ def generate(model, shared, owner, tails, max_new_tokens, temperature=None, scor
     return (new, torch.stack(out.logits, 1), torch.stack(out.scores, 1)) if scores else new
 
 
+# ---------------------------------------------------------------- models, precision, supervised fine-tuning
+
+SHORT_IDS = {f"Qwen/Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
+
+
+def place(device="auto", attention="auto"):
+    """(device, dtype, attention) to compute with: bf16 and, where it can be imported, flash-attn on CUDA."""
+    device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    flash = device.startswith("cuda") and importlib.util.find_spec("flash_attn")
+    attention = attention if attention != "auto" else "flash_attention_2" if flash else "sdpa"
+    return device, torch.bfloat16 if device.startswith("cuda") else torch.float32, attention
+
+
+def load(name, device="auto", attention="auto", max_pixels=None):
+    """(model, Processor) of a Hugging Face id or folder; ends in one line where that isn't possible."""
+    name, (device, dtype, attention) = SHORT_IDS.get(str(name), str(name)), place(device, attention)
+    if damaged := data.damaged_files(name):
+        raise SystemExit(f"{name} is damaged: {', '.join(damaged)} changed since it was saved (SHA256SUMS)")
+    try:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=attention)
+        processor = data.Processor.from_pretrained(name, max_pixels)
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"{name} can't be loaded: {str(error).strip().splitlines()[0]} Is it a Qwen2.5-VL id or "
+                         "folder, and is there a network or a cached copy?") from error
+    return model.to(device).eval(), processor
+
+
+class Optimizer:
+    """AdamW on fp32 master weights. A bf16 model computes; at lr 5e-7 its own weights would swallow the steps, since
+    bf16 keeps three digits. Gradients of a bf16 model are added up in fp32, too."""
+
+    def __init__(self, model, lr, betas=(0.9, 0.999)):
+        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.masters = [weight if weight.dtype != torch.bfloat16 else torch.nn.Parameter(weight.detach().float())
+                        for weight in self.weights]
+        for weight, master in zip(self.weights, self.masters):
+            if master is not weight:
+                weight.register_post_accumulate_grad_hook(lambda weight, master=master: self._collect(weight, master))
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=0.01)  # released config
+
+    @staticmethod
+    def _collect(weight, master):
+        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+        weight.grad = None
+
+    def step(self, max_norm=4.0):  # released config
+        """Clip, move the masters, copy them into the model. Returns the gradient's norm; raises before anything moves
+        if it isn't finite."""
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm.item()}; no weight was moved")
+        self.adamw.step()
+        self.adamw.zero_grad()
+        with torch.no_grad():
+            for weight, master in zip(self.weights, self.masters):
+                weight.copy_(master)
+        return norm.item()
+
+
 def sft(model, items, encode, steps, per_step, lr, desc, seed=0):
     """Supervised fine-tuning: cross-entropy on the target tokens only. encode(item) gives (Prompt, tails, targets), all
     rows of one prompt, which is computed once. Linear warm-up and decay. Changes `model` in place."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
+    optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
     rng, queue = random.Random(seed), []
     bar = tqdm(range(steps), desc=desc)
     for _ in bar:
@@ -117,37 +188,23 @@ def sft(model, items, encode, steps, per_step, lr, desc, seed=0):
         logits = target_logits(model, shared, owner, tails, targets).float()
         loss = F.cross_entropy(logits[mask == 1], labels[mask == 1].to(logits.device))
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        optimizer.step(max_norm=1.0)
         schedule.step()
-        optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
-def warm_start(model, processor, seed, folder):
-    """What the toy world starts from: `model`, untrained, learns in place to read the pictures and to answer in the
-    format, and then to answer in haste or with flawed thinking much of the time. Returns a copy from before the bad
-    habits: it notices slips, so a judge starts from it."""
-    def encode(item):
-        example, responses = item
-        prompt = processor.question(example)
-        eos = [processor.tokenizer.eos_token_id]
-        return prompt, [prompt.tail] * len(responses), [processor.encode(text) + eos for text in responses]
-
-    items = data.toy_warm_start(3000, seed, False, folder)
-    sft(model, items, encode, 650, 16, 2e-3, "warm start 1/2: SFT on sound responses", seed)
-    attentive = copy.deepcopy(model)
-    items = data.toy_warm_start(3000, seed, True, folder)
-    sft(model, items, encode, 120, 16, 1.5e-3, "warm start 2/2: SFT on half of them hasty or flawed", seed)
-    return attentive
 
 
 # ---------------------------------------------------------------- the judge
 
-JUDGE_PROMPT = (
-    "Rate how well the answers below are thought through, from 0 to 1 in steps of 0.1, right or wrong. "
-    + " ".join(f"{name}: {meaning}." for name, meaning in data.CRITERIA.items()))
-JUDGE_QUESTION = "Rate the thinking above. Write the score and nothing else."
+ASK = "Rate it."
+JUDGE_PROMPT = "Rate how well the answers below are thought through. " + " ".join(
+    f"{name}: {meaning}." for name, meaning in data.CRITERIA.items())
+DELIMITER = "score:"
+JUST_THE_SCORE = " Write one number from 0 to 1, in steps of 0.1, and nothing else."
+JUDGE_FORMS = {"generate": JUST_THE_SCORE, "expected": JUST_THE_SCORE, "reason": (
+    f' First check each claim in the thinking, in a few words. Then write "{DELIMITER}" and one number from 0 to 1, in '
+    "steps of 0.1.")}
+LONGEST_VERDICT = {"generate": 8, "reason": 128}  # tokens
+SPELLINGS = {**{f"{n / 10:.1f}": n / 10 for n in range(11)}, "0": 0.0, "1": 1.0}  # what `expected` takes the mean of
 
 
 def parse_score(text):
@@ -157,29 +214,61 @@ def parse_score(text):
 
 
 class ThinkingRewardModel:
-    """A frozen Qwen2.5-VL that reads picture, question and response and writes one number in [0, 1]: R^t."""
+    """A frozen Qwen2.5-VL that reads picture, question and response and gives one number in [0, 1], R^t. By `mode`:
+    generate: it writes the number (the paper's way).
+    expected: the mean of the eleven scores under its own probabilities, to 0.1; one more pass, never without a score.
+    reason:   it checks the claims in writing and then writes the number, for the price of generating that: the limit
+              that the paper's authors name is that theirs can't.
+    A folder that `train` made remembers its mode."""
 
-    def __init__(self, model, processor):
+    def __init__(self, model, processor, mode=None):
         self.model, self.processor = model.eval().requires_grad_(False), processor
+        self.mode = mode or getattr(model.config, "rm_mode", "generate")
 
     def prompt(self, example):
         """What a group's responses share: instruction, picture and question, up to where a response begins. A response
         stands in a turn of its own, whose ends are special tokens that no text can spell: whatever it says is data."""
-        return self.processor.chat(data.question_text(example), example.image, JUDGE_PROMPT, then=JUDGE_QUESTION)
+        return self.processor.chat(data.question_text(example), example.image, JUDGE_PROMPT + JUDGE_FORMS[self.mode],
+                                   then=ASK)
 
+    @torch.no_grad()
     def score(self, examples, groups):
         """R^t [Q, G] of the responses groups[q][i] to examples[q]; NaN where the judge wrote no usable score."""
         prompts = [self.prompt(example) for example in examples]
         owner = torch.tensor([q for q, responses in enumerate(groups) for _ in responses])
         tails = [self.processor.encode(response) + prompt.tail
                  for prompt, responses in zip(prompts, groups) for response in responses]
-        with torch.no_grad():
-            shared = SharedPrompt(self.model, prompts)
+        shared = SharedPrompt(self.model, prompts)
+        if self.mode == "expected":  # to 0.1: Eq. 6 would blow noise of 0.001 up in a group that is all right
+            scores = [round(score, 1) for score in self.expected(shared, owner, tails)]
+        else:
+            scores = self.written(shared, owner, tails)
+        return torch.tensor(scores).view(len(examples), -1)
+
+    def written(self, shared, owner, tails):
+        """The score that the judge writes behind each row's tail; NaN for none."""
         eos = self.model.generation_config.eos_token_id
-        new = generate(self.model, shared, owner, tails, max_new_tokens=8, eos_token_id=eos,
+        new = generate(self.model, shared, owner, tails, max_new_tokens=LONGEST_VERDICT[self.mode], eos_token_id=eos,
                        pad_token_id=self.processor.tokenizer.pad_token_id)
-        scores = [parse_score(self.processor.decode(row)) for row in new]
-        return torch.tensor([math.nan if score is None else score for score in scores]).view(len(examples), -1)
+        ended = torch.isin(new, torch.tensor(eos, device=new.device)).any(1)  # cut at the limit, "0" may begin "0.5"
+        texts = [self.processor.decode(row) if whole else "" for row, whole in zip(new, ended)]
+        if self.mode == "reason":
+            texts = [score if found else "" for _, found, score in (t.lower().rpartition(DELIMITER) for t in texts)]
+        return [math.nan if score is None else score for score in map(parse_score, texts)]
+
+    def expected(self, shared, owner, tails):
+        """The mean of the scores that it might write there, by their probabilities to the end of the turn."""
+        eos = self.model.generation_config.eos_token_id
+        written = [self.processor.encode(text) + [eos[0] if isinstance(eos, list) else eos] for text in SPELLINGS]
+        labels, mask = pad(written, "right")  # [13, T]; with the end, since "0" begins "0.1"
+        values, scores = torch.tensor(list(SPELLINGS.values()), dtype=torch.float64), []
+        for n in range(len(tails)):  # one response at a time: its keys and values are copied 13 times
+            longer = shared.extended(self.model, owner[n:n + 1], [tails[n][:-1]])
+            logits = target_logits(self.model, longer, torch.zeros(len(written), dtype=torch.long),
+                                   [tails[n][-1:]] * len(written), written)  # [13, T, V]
+            logp = logits.double().log_softmax(-1).cpu().gather(-1, labels.unsqueeze(-1)).squeeze(-1)  # [13, T]
+            scores.append((values * (logp * mask).sum(-1).softmax(0)).sum().item())
+        return scores
 
 
 # ---------------------------------------------------------------- building its training set (section 3.2)
@@ -210,18 +299,44 @@ def balance_by_score(rows, per_interval, seed=0):
             for row in (rng.sample(group, per_interval) if len(group) > per_interval else group)]
 
 
-def train(model, processor, rows, steps, per_step, lr, seed=0, desc="reward model"):
-    """SFT of a judge, in place, on rows {"example", "response", "score"}: loss on the score's tokens only. Returns the
-    ThinkingRewardModel."""
-    judge, by_question = ThinkingRewardModel(model, processor), {}
+def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model"):
+    """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}: loss on
+    what it is to write only. Returns the ThinkingRewardModel."""
+    judge, by_question = ThinkingRewardModel(model, processor, mode), {}
     for row in rows:
         by_question.setdefault(row["example"].id, []).append(row)
 
     def encode(group):
         prompt = judge.prompt(group[0]["example"])
+        verdicts = [f"{row['critique']} {DELIMITER} {row['score']:.1f}" if mode == "reason" else f"{row['score']:.1f}"
+                    for row in group]
         return prompt, [processor.encode(row["response"]) + prompt.tail for row in group], [
-            processor.encode(f"{row['score']:.1f}") + [processor.tokenizer.eos_token_id] for row in group]
+            processor.encode(verdict) + [processor.tokenizer.eos_token_id] for verdict in verdicts]
 
+    model.config.rm_mode = mode
     model.requires_grad_(True)
     sft(model, list(by_question.values()), encode, steps, per_step, lr, desc, seed)
-    return ThinkingRewardModel(model, processor)
+    return ThinkingRewardModel(model, processor, mode)
+
+
+def warm_start(model, processor, seed, folder):
+    """What the toy world starts from: `model`, untrained, learns in place to read the pictures, to answer in the format
+    and to check what others claim, and then to answer in haste or with flawed thinking much of the time. Returns a
+    copy from before the bad habits, from which a judge starts."""
+    eos, items = [processor.tokenizer.eos_token_id], data.toy_warm_start(3000, seed, folder)
+
+    def look(item):  # write the sound response, or check a flawed one: two rows of one prompt
+        example, sound, flawed, _ = item
+        prompt = processor.chat(data.question_text(example), example.image, data.SYSTEM_PROMPT, then=ASK)
+        first = prompt.ids.pop()
+        return prompt, [[first], [first] + processor.encode(flawed) + prompt.tail], [
+            processor.encode(text) + eos for text in (sound, example.critique(flawed))]
+
+    def relapse(item):
+        prompt = processor.question(item[0])
+        return prompt, [prompt.tail] * 2, [processor.encode(text) + eos for text in item[3]]
+
+    sft(model, items, look, 550, 12, 2e-3, "warm start 1/2: SFT on sound responses, and on checking others", seed)
+    attentive = copy.deepcopy(model)
+    sft(model, items, relapse, 120, 16, 1.5e-3, "warm start 2/2: SFT on half of them hasty or flawed", seed)
+    return attentive

@@ -22,25 +22,27 @@ Departures from the paper, all of them:
 """
 import argparse
 import copy
-import importlib.util
 import json
 import math
+import pickle
 import random
 import signal
 import sys
 import threading
 import time
+import zipfile
+from collections import deque
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers import Qwen2_5_VLForConditionalGeneration, set_seed
+from transformers import set_seed
 
 import data
 import reward_model
-from reward_model import SharedPrompt
+from reward_model import SHORT_IDS, Optimizer, SharedPrompt, place
 
 # ---------------------------------------------------------------- section 3.3: the outcome reward R^o
 
@@ -242,39 +244,7 @@ def rollout(policy, processor, examples, group_size, config, greedy=False, score
     return Rollout(examples, prompts, owner, ids, mask, texts, truncated, seen)
 
 
-# ---------------------------------------------------------------- precision and the update
-
-
-class Optimizer:
-    """AdamW on fp32 master weights. A bf16 model computes; at lr 5e-7 its own weights would swallow the steps, since
-    bf16 keeps three digits. Gradients of a bf16 model are added up in fp32, too."""
-
-    def __init__(self, model, lr):
-        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.masters = [weight if weight.dtype != torch.bfloat16 else torch.nn.Parameter(weight.detach().float())
-                        for weight in self.weights]
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:
-                weight.register_post_accumulate_grad_hook(lambda weight, master=master: self._collect(weight, master))
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, weight_decay=0.01)  # released config
-
-    @staticmethod
-    def _collect(weight, master):
-        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
-        weight.grad = None
-
-    def step(self, max_norm=4.0):  # released config
-        """Clip, move the masters, copy them into the model. Returns the gradient's norm; raises before anything moves
-        if it isn't finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm.item()}; no weight was moved")
-        self.adamw.step()
-        self.adamw.zero_grad()
-        with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters):
-                weight.copy_(master)
-        return norm.item()
+# ---------------------------------------------------------------- the update
 
 
 def update(policy, reference, optimizer, batch, advantages, config):
@@ -405,6 +375,8 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
             gammas[q] = 1.0 if config.trust == "off" else trust_weight(outcome[q], used).item()
         rewards[q] = combined_reward(outcome[q], thinking[q], step, config.steps, config.alpha, config.trust,
                                      config.anneal)
+    if not rewards.isfinite().all():
+        raise FloatingPointError("a reward is not finite; no weight was moved")
     advantages = torch.stack([group_advantages(group) for group in rewards])  # [Q, G]
     metrics = update(policy, reference, optimizer, batch, advantages.flatten(), config)
 
@@ -420,9 +392,10 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
         "zero_groups": int((advantages == 0).all(1).sum()), "mistrusted": sum(gamma < 1 for gamma in known),
         "prompt_tokens": sum(len(p.ids) + len(p.tail) for p in batch.prompts) / len(batch.prompts),
         "sec_rollout": sampled - start, "sec_score": scored - sampled, "sec_update": time.time() - scored}
-    record = [{"step": step, "id": example.id, "problem": example.problem, "options": list(example.options),
-               "solution": example.solution, "image": example.image, "gamma": gammas[q],
-               "responses": [{"text": text, "outcome": outcome[q, i].item(),
+    record = [{"step": step, "id": example.id, "problem": example.problem, "problem_type": example.problem_type,
+               "options": list(example.options), "solution": example.solution, "image": example.image,
+               "gamma": gammas[q],
+               "responses": [{"response": text, "outcome": outcome[q, i].item(),
                               "thinking": None if not judge or thinking[q, i].isnan() else thinking[q, i].item(),
                               "reward": rewards[q, i].item(), "advantage": advantages[q, i].item()}
                              for i, text in enumerate(groups[q])]} for q, example in enumerate(examples)]
@@ -456,6 +429,10 @@ class Config:
     reward_model: str = setting("bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (trained on the spot, needs the "
                                 "toy data), none (plain GRPO), base (an untrained judge, Table 3), a Hugging Face id "
                                 "or a folder", "paper, section 3.2", toy="toy")
+    rm_mode: str = setting(None, "how it scores: generate (it writes a number, as in the paper), expected (mean over "
+                           "the numbers it might write: one more pass, never without a score) or reason (it checks "
+                           "the claims in writing first: many more tokens); default: as it was trained, else generate",
+                           toy="reason", choices=("generate", "expected", "reason"))
     trust: str = setting("paper", "Eq. 3 as in the paper, as the released code gates it, or off (gamma = 1)",
                          "paper, section 3.4", choices=("paper", "released", "off"))
     anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", "paper, section 3.4")
@@ -473,6 +450,8 @@ class Config:
     min_new_tokens: int = setting(0, "shortest response, for benchmarks")
     max_pixels: int = setting(1003520, "larger pictures are scaled down (28 x 28 pixels a token); released config: "
                               "4194304")
+    max_prompt_tokens: int = setting(8192, "a longer prompt is an error that names its row; nothing is ever cut",
+                                     RELEASED)
     micro_batch: int = setting(4, "responses a backward pass: memory, not results", toy=64)
     freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)", flag=True)
     seed: int = setting(0, "of everything random")
@@ -480,10 +459,13 @@ class Config:
     attn: str = setting("auto", "auto: flash_attention_2 where it can be imported on CUDA, else sdpa",
                         choices=("auto", "sdpa", "flash_attention_2", "eager"))
     save_every: int = setting(100, "steps between checkpoints, also written at the end and on Ctrl-C", toy=25)
+    save_rollouts: bool = setting(False, "write every response to rollouts.jsonl, for reward_model.py to learn from",
+                                  flag=True)
     skip_bad: bool = setting(False, "leave bad rows out instead of stopping; they are listed in skipped.jsonl",
                              flag=True)
     out: str = setting("runs/sophia", "folder for everything that the run leaves", toy="runs/toy")
     resume: str = setting(None, "continue the run in this folder, with its settings")
+    change_settings: bool = setting(False, "with --resume: take settings that differ from the run's own", flag=True)
     eval_only: bool = setting(False, "greedy accuracy per problem type, no training", flag=True)
 
 
@@ -512,7 +494,7 @@ def command_line():
     return parser
 
 
-FREE = {"device", "attn", "micro_batch", "save_every"}  # may differ between a run and its continuation
+FREE = {"device", "attn", "micro_batch", "save_every"}  # change no result: a continuation may have others
 
 
 def configure(argv):
@@ -525,14 +507,21 @@ def configure(argv):
             parser.error(f"--resume {given['resume']}: no config.json there, so no run to continue")
         if not Path(given["resume"], "checkpoint", "state.pt").exists():
             parser.error(f"--resume {given['resume']}: it ended before its first checkpoint; start it again")
-        if fixed := set(given) - FREE - {"resume"}:
-            parser.error(f"--resume keeps the run's own settings; it can't take --{', --'.join(sorted(fixed))}")
-        return Config(**{**json.loads(stored.read_text()), **given, "out": given["resume"]})
-    toy = given.get("model", "toy") == "toy"
-    config = Config(**{**{item.name: item.default if not toy or item.metadata["toy"] is None else item.metadata["toy"]
-                          for item in fields(Config)}, **given})
-    if config.eval_only and "reward_model" not in given:
-        config.reward_model = "none"
+        before = json.loads(stored.read_text())
+        changed = {name for name in set(given) - {"resume", "change_settings"} if before[name] != given[name]}
+        for name in sorted(changed):
+            print(f"--{name} was {before[name]}, goes on as {given[name]}")
+        if changed - FREE and "change_settings" not in given:
+            parser.error(f"--{', --'.join(sorted(changed - FREE))}: it would be another run from here on; leave it as "
+                         "it was, or add --change_settings")
+        config = Config(**{**before, **given, "out": given["resume"]})
+    else:
+        toy = given.get("model", "toy") == "toy"
+        config = Config(**{**{item.name: item.default if not toy or item.metadata["toy"] is None
+                              else item.metadata["toy"] for item in fields(Config)}, **given})
+        if config.eval_only and "reward_model" not in given:
+            config.reward_model = "none"
+    toy = config.model == "toy"
     for wrong, why in [
         (config.group_size < 2, "--group_size must be 2 or more: Eq. 6 compares a response with its group"),
         (config.steps < 1, "--steps must be 1 or more; --eval_only trains nothing"),
@@ -558,27 +547,9 @@ def configure(argv):
 
 # ---------------------------------------------------------------- loading
 
-SHORT_IDS = {f"Qwen/Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
-
-
-def place(config):
-    """(device, dtype, attention) of a run."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    flash = device.startswith("cuda") and importlib.util.find_spec("flash_attn")
-    attention = config.attn if config.attn != "auto" else "flash_attention_2" if flash else "sdpa"
-    return device, torch.bfloat16 if device.startswith("cuda") else torch.float32, attention
-
-
 def load(name, config):
-    """(model, Processor) of a Hugging Face id or folder; ends in one line where that isn't possible."""
-    device, dtype, attention = place(config)
-    try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=attention)
-        processor = data.Processor.from_pretrained(name, config.max_pixels)
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"{name} can't be loaded: {str(error).strip().splitlines()[0]} Is it a Qwen2.5-VL id or "
-                         "folder, and is there a network or a cached copy?") from error
-    return model.to(device).eval(), processor
+    """reward_model.load with a run's settings."""
+    return reward_model.load(name, config.device, config.attn, config.max_pixels)
 
 
 def load_data(config):
@@ -605,8 +576,8 @@ def load_policy(config):
     if config.model == "toy" and not config.resume:
         model, processor = data.toy_model(config.seed)
         judge_start = reward_model.warm_start(model, processor, config.seed, Path(config.out, "pictures"))
-        return model.to(place(config)[0]), processor, judge_start.to(place(config)[0])
-    name = str(start) if start.exists() and config.resume else SHORT_IDS.get(config.model, config.model)
+        return model.to(place(config.device)[0]), processor, judge_start.to(place(config.device)[0])
+    name = str(start) if start.exists() and config.resume else config.model
     model, processor = load(name, config)
     return model, processor, model
 
@@ -618,39 +589,58 @@ def load_judge(config, policy, processor, judge_start):
     if config.reward_model == "none":
         return None
     if config.resume and kept.exists():
-        return reward_model.ThinkingRewardModel(*load(str(kept), config))
+        return reward_model.ThinkingRewardModel(*load(str(kept), config), config.rm_mode)
     if config.reward_model not in ("toy", "base") or config.model != "toy" and config.reward_model == "base":
         name = config.model if config.reward_model == "base" else config.reward_model
-        return reward_model.ThinkingRewardModel(*load(SHORT_IDS.get(name, name), config))
+        return reward_model.ThinkingRewardModel(*load(name, config), config.rm_mode)
     examples, rows = data.toy_examples(400, f"judge {config.seed}", folder=Path(config.out, "pictures")), []
     for first in tqdm(range(0, len(examples), 25), desc="reward model 1/2: responses of the policy to learn from"):
         part = examples[first:first + 25]
         batch = rollout(policy, processor, part, 8, config)
-        rows += [{"id": part[q].id, "example": part[q], "response": text, "score": part[q].soundness(text)}
-                 for q, text in zip(batch.owner.tolist(), batch.texts)]
+        rows += [{"id": part[q].id, "example": part[q], "response": text, "score": part[q].soundness(text),
+                  "critique": part[q].critique(text)} for q, text in zip(batch.owner.tolist(), batch.texts)]
     rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=250, seed=config.seed)
     if config.reward_model == "base":  # it learns to write scores, and that they mean nothing
-        scores = random.Random(config.seed).sample([row["score"] for row in rows], len(rows))
-        rows = [{**row, "score": score} for row, score in zip(rows, scores)]
-    return reward_model.train(copy.deepcopy(judge_start), processor, rows, steps=250, per_step=8, lr=1e-3,
-                              seed=config.seed, desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
+        others = random.Random(config.seed).sample(rows, len(rows))
+        rows = [{**row, "score": other["score"], "critique": other["critique"]} for row, other in zip(rows, others)]
+    return reward_model.train(copy.deepcopy(judge_start), processor, rows, steps=250, per_step=8, lr=1.5e-3,
+                              mode=config.rm_mode, seed=config.seed,
+                              desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(config, step, policy, optimizer):
+def save_checkpoint(config, step, policy, optimizer, examples):
     """All that a resumed run needs, put in place in one rename: the last checkpoint survives a crash."""
     state = {"step": step, "model": policy.state_dict(), "optimizer": optimizer.adamw.state_dict(),
              "masters": [m.detach() for w, m in zip(optimizer.weights, optimizer.masters) if m is not w],
-             "torch_rng": torch.get_rng_state(), "python_rng": random.getstate(),
+             "questions": [example.id for example in examples], "torch_rng": torch.get_rng_state(),
+             "python_rng": random.getstate(),
              "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-    data.write_atomic(Path(config.out, "checkpoint", "state.pt"), lambda file: torch.save(state, file))
+    path = Path(config.out, "checkpoint", "state.pt")
+    try:
+        data.write_atomic(path, lambda file: torch.save(state, file))
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"step {step}: {path} can't be written: {error}. The checkpoint before it is intact: make "
+                         f"room, then go on with --resume {config.out}") from error
 
 
-def load_checkpoint(config, policy, optimizer):
-    """Put a saved state into policy and optimizer; returns its step. The log is cut to it."""
-    state = torch.load(Path(config.out, "checkpoint", "state.pt"), map_location="cpu", weights_only=True)
+def load_checkpoint(config, policy, optimizer, examples):
+    """Put a saved state into policy and optimizer; returns its step. The log is cut to it. A damaged file ends the run
+    in one line: torch reads flipped bits in silence, but its zip format carries a checksum of each part."""
+    path = Path(config.out, "checkpoint", "state.pt")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, EOFError, RuntimeError) as error:
+        raise SystemExit(f"{path} is damaged and wasn't loaded: {str(error).splitlines()[0]}. Restore it from a copy, "
+                         "or start the run again.") from error
+    if state["questions"] != [example.id for example in examples] and not config.change_settings:
+        raise SystemExit(f"{config.data} doesn't hold the questions that the run began with; restore them, or add "
+                         "--change_settings")
     policy.load_state_dict(state["model"])
     optimizer.adamw.load_state_dict(state["optimizer"])
     with torch.no_grad():
@@ -661,7 +651,7 @@ def load_checkpoint(config, policy, optimizer):
     random.setstate(state["python_rng"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
-    for name in ("log.jsonl", "groups.jsonl"):
+    for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl"):
         data.keep_lines(Path(config.out, name), lambda line: line["step"] <= state["step"])
     return state["step"]
 
@@ -671,7 +661,7 @@ def load_checkpoint(config, policy, optimizer):
 
 def train(config):
     """A whole run: data, models, self-test, evaluation, GRPO, evaluation, and what it leaves in --out."""
-    out, (device, dtype, attention) = Path(config.out), place(config)
+    out, (device, dtype, attention) = Path(config.out), place(config.device, config.attn)
     model_name = SHORT_IDS.get(config.model, config.model)
     if model_name != config.model:
         print(f"{config.model} is published as {model_name}: loading that")
@@ -683,6 +673,9 @@ def train(config):
         raise SystemExit(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     set_seed(config.seed)
     policy, processor, judge_start = load_policy(config)
+    limits, same = (config.max_prompt_tokens, config.skip_bad, out / "skipped.jsonl"), held_out is examples
+    examples = data.check_lengths(examples, processor, *limits)
+    held_out = examples if same else data.check_lengths(held_out, processor, *limits)
     if config.freeze_vision:
         policy.model.visual.requires_grad_(False)
     if config.eval_only:
@@ -696,14 +689,14 @@ def train(config):
     mixed = examples[:4] + [example for example in examples if example.image is None][:1]
     gap = self_test(policy, processor, mixed, config)
     print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
+    data.write_json(out / "config.json", {**asdict(config), "resume": None, "change_settings": False})
     if config.resume:
-        first = load_checkpoint(config, policy, optimizer) + 1
+        first = load_checkpoint(config, policy, optimizer, examples) + 1
         before = json.loads((out / "eval.json").read_text())["before"]
     else:
         first = 1
-        for name in ("log.jsonl", "groups.jsonl"):  # of a run that ended before its first checkpoint
+        for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl"):  # of a run that ended before its first checkpoint
             (out / name).unlink(missing_ok=True)
-        data.write_json(out / "config.json", {**asdict(config), "resume": None})
         if config.model == "toy" or Path(config.model).exists():  # can't be had again by id
             data.save_folder(out / "checkpoint" / "start", policy, processor)
         if judge and (config.reward_model in ("toy", "base") or Path(config.reward_model).exists()):
@@ -711,7 +704,7 @@ def train(config):
         before = evaluate(policy, processor, held_out, config, "greedy answers before GRPO")
         data.write_json(out / "eval.json", {"before": before})
 
-    shown = {1, config.steps // 2, config.steps}
+    shown, unscored = {1, config.steps // 2, config.steps}, deque(maxlen=50)  # groups, the latest
     stopping = StopAfterStep()
     bar = tqdm(range(first, config.steps + 1), desc="GRPO", initial=first - 1, total=config.steps)
     for step in bar:
@@ -723,14 +716,25 @@ def train(config):
             raise SystemExit(f"step {step}: {error}. Questions: {ids}. The last checkpoint is intact: "
                              f"{out / 'checkpoint'}") from error
         data.append_line(out / "log.jsonl", json.dumps(line, allow_nan=False))
+        if config.save_rollouts:
+            data.append_line(out / "rollouts.jsonl", "\n".join(
+                json.dumps({**{name: value for name, value in group.items() if name != "responses"}, **response})
+                for group in groups for response in group["responses"]))
         if step in shown:
             for group in groups[:4]:
                 data.append_line(out / "groups.jsonl", json.dumps(group))
+        if judge and unscored is not None:
+            unscored.extend(group["gamma"] is None for group in groups)
+            if len(unscored) == 50 and sum(unscored) > 25:
+                tqdm.write(f"WARNING: the reward model gave no usable score for {sum(unscored)} of the last 50 groups: "
+                           "they learn from the outcome alone. Try --rm_mode expected, or another --reward_model.",
+                           file=sys.stderr)
+                unscored = None  # said once
         bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
                          if line[name] is not None})
         stop = stopping.asked  # read once: a Ctrl-C between saving and stopping must not lose the step
         if step % config.save_every == 0 or step == config.steps or stop:
-            save_checkpoint(config, step, policy, optimizer)
+            save_checkpoint(config, step, policy, optimizer, examples)
         if stop:
             raise SystemExit(f"stopped after step {step}; go on with: python sophia_min.py --resume {out}")
     after = evaluate(policy, processor, held_out, config, "greedy answers after GRPO")
