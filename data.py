@@ -289,6 +289,9 @@ ANSWER_FORM = {
 }
 
 
+STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"  # for text that isn't ours, while a chat template is rendered
+
+
 @dataclass
 class Prompt:
     """What the model reads before it writes. `ids` can be shared by a group; `tail` follows them (or follows what is
@@ -338,12 +341,30 @@ class Processor:
         """The Prompt of one user turn, the picture first, then the text; its `tail` opens the assistant's turn. With
         `then`, `ids` end inside the assistant's turn, and `tail` closes it, asks `then` and opens the next."""
         before, *after = self._layout(image is not None, system, then)
-        ids = self.encode(text) + (after.pop(0) if then else [])
+        return self._seen(before + self.encode(text) + (after.pop(0) if then else []), after[0], image)
+
+    def filled(self, template, image, question, response):
+        """The Prompt of one user turn made from a template with {question}, {response} and {image}. `tail` is all from
+        the response on, which lets a group share `ids`, or from behind the picture on if that comes later."""
+        texts, begin = {"{question}": question, "{response}": response}, 0
+        content = [{"type": "image"} if piece == "{image}" else {"type": "text", "text": STAND_IN if piece in texts else
+                    piece} for piece in re.split(r"(\{(?:question|response|image)\})", template)
+                   if piece and (piece != "{image}" or image is not None)]
+        first, *after = self._rendered([{"role": "user", "content": content}])
+        ids = list(first)
+        for name, part in zip(re.findall(r"\{(?:question|response)\}", template), after):
+            begin = len(ids) if name == "{response}" else begin
+            ids += self.encode(texts[name]) + part
+        if image is not None:
+            begin = max(begin, ids.index(self.image_token) + 1)
+        return self._seen(ids[:begin], ids[begin:], image)
+
+    def _seen(self, ids, tail, image):
         if image is None:
-            return Prompt(before + ids, after[0])
+            return Prompt(ids, tail)
         pixel_values, grid = self.picture(image)
-        at, tokens = before.index(self.image_token), int(grid.prod()) // self.image_processor.merge_size ** 2
-        return Prompt(before[:at] + [self.image_token] * tokens + before[at + 1:] + ids, after[0], pixel_values, grid)
+        at, tokens = ids.index(self.image_token), int(grid.prod()) // self.image_processor.merge_size ** 2
+        return Prompt(ids[:at] + [self.image_token] * tokens + ids[at + 1:], tail, pixel_values, grid)
 
     def length(self, example):
         """Tokens of the policy's prompt, from the picture's header alone."""
@@ -362,14 +383,16 @@ class Processor:
     def _layout(self, with_picture, system, then):
         """Token ids of the chat template around the user's text (and the response, if a turn follows). It is rendered
         with stand-ins, so that no text passes through it: "<|im_end|>" in a question must not end the turn."""
-        stand_in = "\N{OBJECT REPLACEMENT CHARACTER}"
-        content = [{"type": "image"}] * with_picture + [{"type": "text", "text": stand_in}]
+        content = [{"type": "image"}] * with_picture + [{"type": "text", "text": STAND_IN}]
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": content})
         if then:
-            messages += [{"role": "assistant", "content": stand_in}, {"role": "user", "content": then}]
+            messages += [{"role": "assistant", "content": STAND_IN}, {"role": "user", "content": then}]
+        return self._rendered(messages)
+
+    def _rendered(self, messages):
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return [self.tokenizer.encode(part, add_special_tokens=False) for part in rendered.split(stand_in)]
+        return [self.tokenizer.encode(part, add_special_tokens=False) for part in rendered.split(STAND_IN)]
 
 
 def check_lengths(examples, processor, longest, skip_bad=False, skipped_path=None):
@@ -615,7 +638,7 @@ ENGLISH = {spanish: english for english, spanish in SPANISH.items()}
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4} | {str(n): n for n in range(10)}
 GUESSING = re.compile(r"\b(guess\w*|usually|probably|perhaps|maybe|assum\w*|habit|no need to look)\b", re.I)
 SOUND = 0.7  # thinking that scores less has a flaw of fact, of logic or of support, not of style alone
-HASTE = {"numerical": 0.65, "free-form": 0.65, "multiple choice": 0.3, "OCR": 0.3}  # share of guesses, warm start
+HASTE = {True: 0.8, False: 0.1, None: 0.3}  # share of guesses in the warm start: busy pictures, others, not asked
 FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lucky": wrong thinking, correct answer
 
 
@@ -698,10 +721,16 @@ class ToyQuestion:
         return words[:1] if self.problem_type == "multiple choice" else words
 
     def habit(self, rng):
-        """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking."""
-        if rng.random() < HASTE[self.problem_type]:
+        """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking. Haste comes
+        with busy pictures, where more than two shapes are to be counted or two colours to be told apart."""
+        if rng.random() < HASTE[self.busy()]:
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
+
+    def busy(self):
+        """Whether the picture is busy; None for the problem types where that makes no difference."""
+        return {"numerical": len(self.scene) > 2, "free-form": self.scene[0][0] != self.scene[-1][0]}.get(
+            self.problem_type)
 
     def response(self, rng, flaw=None):
         """A response in the warm start's words: sound, or with the flaw."""
@@ -789,6 +818,18 @@ def toy_questions(n, seed, held_out=False):
         if (zlib.crc32(repr(scene).encode()) % 5 == 0) == held_out:
             questions.append(question)
     return questions
+
+
+_first_toy_questions = functools.cache(toy_questions)
+
+
+def toy_question(id):
+    """The ToyQuestion of a toy Example's id. Raises DataError for any other id."""
+    named = re.fullmatch(r"toy-(train|held-out)-(.*)-(\d+)", id)
+    if not named:
+        raise DataError(f"{id}: is no question of the toy world, whose oracle knows no other")
+    part, seed, i = named[1], named[2], int(named[3])
+    return _first_toy_questions(-(-(i + 1) // 1000) * 1000, seed, part == "held-out")[i]
 
 
 def toy_warm_start(n, seed, folder=None):
@@ -991,25 +1032,38 @@ def table(results):
     return "\n".join(lines)
 
 
+def plot(panels):
+    """A picture as PNG bytes, with a panel for each function of a matplotlib axis, at most three side by side."""
+    import matplotlib  # here: only pictures need it, and it takes a second to import
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(12 if columns > 1 else 7, 2.5 * rows + 2 * (rows == 1)),
+                                layout="constrained", squeeze=False)
+    for axis, panel in zip(axes.flat, panels):
+        panel(axis)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=80)
+    plt.close(figure)
+    return png.getvalue()
+
+
 CURVES = (("accuracy", "share of right answers"), ("thinking", "thinking reward R^t"), ("gamma", "trust gamma"),
           ("anneal", "annealing exp(-step/T)"), ("kl", "KL to the reference"), ("length", "response length, tokens"))
 
 
 def write_report(out):
     """report.html from what a run left in `out`: one self-contained page with the curves and some groups."""
-    import matplotlib  # here: only the report needs it, and it takes a second to import
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     out, log = Path(out), read_lines(Path(out) / "log.jsonl")
-    figure, axes = plt.subplots(2, 3, figsize=(12, 5), layout="constrained")
-    for axis, (name, title) in zip(axes.flat, CURVES):
+
+    def curve(name, title, axis):
         points = [(line["step"], line[name]) for line in log if line[name] is not None]
         axis.plot(*zip(*points) if points else ([], []))
         axis.set_title(title, fontsize=10)
-    png = io.BytesIO()
-    figure.savefig(png, dpi=80)
-    plt.close(figure)
-    parts = [f"<pre>{html.escape(table(json.loads((out / 'eval.json').read_text())))}</pre>", _inline(png.getvalue())]
+
+    curves = plot([functools.partial(curve, *named) for named in CURVES])
+    parts = [f"<pre>{html.escape(table(json.loads((out / 'eval.json').read_text())))}</pre>", _inline(curves)]
     for group in read_lines(out / "groups.jsonl"):
         picture = io.BytesIO()
         if group["image"]:
@@ -1031,6 +1085,11 @@ def write_report(out):
 <style>body{{font:14px sans-serif;max-width:1100px;margin:2em auto}}td,th{{padding:.2em .6em;text-align:left;
 vertical-align:top}}.right{{background:#e4f5e4}}.wrong{{background:#fbe6e6}}h2{{font-size:1em;margin-top:2em}}</style>
 <h1>sophia_min: {html.escape(out.name)}</h1>{''.join(parts)}""")
+
+
+def save_picture(path, panels):
+    """plot(panels) as a file."""
+    write_atomic(path, plot(panels))
 
 
 def _inline(png):

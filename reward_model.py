@@ -1,11 +1,17 @@
 """The thinking reward model (paper, section 3.2): a Qwen2.5-VL that reads picture, question and response and writes one
 number, R^t. On the way to it: the shared prompt, which the whole road uses, and supervised fine-tuning."""
+import argparse
 import copy
 import importlib.util
+import json
 import math
 import random
 import re
+import zlib
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -74,7 +80,7 @@ class SharedPrompt:
 
 
     def extended(self, model, owner, tails):
-        """The same for longer prompts: row n is prompt owner[n] and tails[n], computed once for what follows both."""
+        """The same for longer prompts: row n is prompt owner[n] and tails[n], computed once for all that follows."""
         longer, (ids, mask) = copy.copy(self), pad(tails, "left")
         inputs = self.continued(owner, ids, mask)
         cache = model(**inputs, logits_to_keep=1).past_key_values
@@ -207,6 +213,15 @@ LONGEST_VERDICT = {"generate": 8, "reason": 128}  # tokens
 SPELLINGS = {**{f"{n / 10:.1f}": n / 10 for n in range(11)}, "0": 0.0, "1": 1.0}  # what `expected` takes the mean of
 
 
+def read_template(path):
+    """The judge's prompt in a file: text with {question}, {response} and, where the picture is to stand, {image}. With
+    the picture behind the response, as the released reward model was trained, each response has a pass of its own."""
+    text = Path(path).read_text()
+    if any(text.count(name) != 1 for name in ("{question}", "{response}", "{image}")):
+        raise SystemExit(f"{path}: must hold {{question}}, {{response}} and {{image}}, each once")
+    return text
+
+
 def parse_score(text):
     """The judge's score: the whole text must be one plain number in [0, 1], else None ("no score", which is not 0)."""
     number = re.fullmatch(r"\s*([01](\.[0-9]{1,6})?|\.[0-9]{1,6})\s*", text, re.ASCII)
@@ -219,11 +234,12 @@ class ThinkingRewardModel:
     expected: the mean of the eleven scores under its own probabilities, to 0.1; one more pass, never without a score.
     reason:   it checks the claims in writing and then writes the number, for the price of generating that: the limit
               that the paper's authors name is that theirs can't.
-    A folder that `train` made remembers its mode."""
+    A folder that `train` made remembers its mode. `template`: a file with a prompt of the user's own."""
 
-    def __init__(self, model, processor, mode=None):
+    def __init__(self, model, processor, mode=None, template=None):
         self.model, self.processor = model.eval().requires_grad_(False), processor
         self.mode = mode or getattr(model.config, "rm_mode", "generate")
+        self.template = read_template(template) if template else None
 
     def prompt(self, example):
         """What a group's responses share: instruction, picture and question, up to where a response begins. A response
@@ -234,11 +250,20 @@ class ThinkingRewardModel:
     @torch.no_grad()
     def score(self, examples, groups):
         """R^t [Q, G] of the responses groups[q][i] to examples[q]; NaN where the judge wrote no usable score."""
-        prompts = [self.prompt(example) for example in examples]
-        owner = torch.tensor([q for q, responses in enumerate(groups) for _ in responses])
-        tails = [self.processor.encode(response) + prompt.tail
-                 for prompt, responses in zip(prompts, groups) for response in responses]
-        shared = SharedPrompt(self.model, prompts)
+        prompts, owner, tails = [], [], []
+        for example, responses in zip(examples, groups):
+            if self.template:
+                read = [self.processor.filled(self.template, example.image, data.question_text(example), response)
+                        for response in responses]
+            else:
+                prompt = self.prompt(example)
+                read = [replace(prompt, tail=self.processor.encode(text) + prompt.tail) for text in responses]
+            for n, prompt in enumerate(read):
+                if n == 0 or prompt.ids != prompts[-1].ids:  # equal: shared
+                    prompts.append(prompt)
+                owner.append(len(prompts) - 1)
+                tails.append(prompt.tail)
+        shared, owner = SharedPrompt(self.model, prompts), torch.tensor(owner)
         if self.mode == "expected":  # to 0.1: Eq. 6 would blow noise of 0.001 up in a group that is all right
             scores = [round(score, 1) for score in self.expected(shared, owner, tails)]
         else:
@@ -299,12 +324,16 @@ def balance_by_score(rows, per_interval, seed=0):
             for row in (rng.sample(group, per_interval) if len(group) > per_interval else group)]
 
 
+def shuffled(rows, seed=0):
+    """The same rows with the labels of others: who learns from them writes scores that mean nothing (Table 3)."""
+    others = random.Random(seed).sample(rows, len(rows))
+    return [{**row, "score": other["score"], "critique": other.get("critique")} for row, other in zip(rows, others)]
+
+
 def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model"):
     """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}: loss on
     what it is to write only. Returns the ThinkingRewardModel."""
-    judge, by_question = ThinkingRewardModel(model, processor, mode), {}
-    for row in rows:
-        by_question.setdefault(row["example"].id, []).append(row)
+    judge = ThinkingRewardModel(model, processor, mode)
 
     def encode(group):
         prompt = judge.prompt(group[0]["example"])
@@ -315,7 +344,7 @@ def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, 
 
     model.config.rm_mode = mode
     model.requires_grad_(True)
-    sft(model, list(by_question.values()), encode, steps, per_step, lr, desc, seed)
+    sft(model, by_question(rows), encode, steps, per_step, lr, desc, seed)
     return ThinkingRewardModel(model, processor, mode)
 
 
@@ -340,3 +369,245 @@ def warm_start(model, processor, seed, folder):
     attentive = copy.deepcopy(model)
     sft(model, items, relapse, 120, 16, 1.5e-3, "warm start 2/2: SFT on half of them hasty or flawed", seed)
     return attentive
+
+
+# ---------------------------------------------------------------- the command line: from a run's responses to a judge
+
+
+def read_rows(path, *needed):
+    """The rows of a JSON lines file, each with the fields `needed`. Ends in one line that names file, row and field."""
+    rows = data.read_lines(path)
+    if not rows:
+        raise SystemExit(f"{path}: no rows there")
+    for number, row in enumerate(rows, 1):
+        for name in {"id", "image", "problem", "problem_type", "options", "solution", "response", *needed} - set(row):
+            raise SystemExit(f"{path}: row {number} ({row.get('id')}): {name}: is missing")
+    return rows
+
+
+def write_rows(path, rows):
+    """Rows as JSON lines, in place of what was there."""
+    data.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def key_of(row):
+    """What a (question, response) pair goes by: its question's id and picture, never the question's text, which other
+    pictures share (the released training set mixed them up)."""
+    return json.dumps([row["id"], row["image"], row["response"]])
+
+
+def example_of(row):
+    """The Example that a row is about."""
+    return data.Example(row["id"], row["problem"], row["problem_type"], tuple(row["options"]), row["solution"],
+                        row["image"], "")
+
+
+def by_question(rows):
+    """Lists of rows of one question (and picture) each."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["id"], row.get("image")), []).append(row)
+    return list(groups.values())
+
+
+def collect(args):
+    """The pool of different (question, response) pairs from runs that had --save_rollouts."""
+    rows, pool = [row for run in args.runs for row in read_rows(Path(run, "rollouts.jsonl"), "step")], {}
+    for row in rows:
+        pool.setdefault(key_of(row), row)
+    write_rows(args.out, pool.values())
+    print(f"{len(rows)} responses, {len(pool)} different ones to {len(by_question(rows))} questions: {args.out}")
+
+
+def annotate(args):
+    """A score and, where the judge gives one, a critique for each pair. What is in --out already isn't asked again."""
+    rows, judge, unscored = read_rows(args.rows), None, 0
+    done = {key_of(row) for row in data.read_lines(args.out)}
+    groups = by_question([row for row in rows if key_of(row) not in done])
+    if args.judge != "toy":
+        model, processor = load(args.judge, args.device, max_pixels=args.max_pixels)
+        judge = ThinkingRewardModel(model, processor, args.rm_mode, args.rm_prompt)
+    for group in tqdm(groups, desc=f"scoring {sum(map(len, groups))} responses"):
+        texts = [row["response"] for row in group]
+        if judge:
+            scores = judge.score([example_of(group[0])], [texts])[0].tolist()
+            labels = [{"score": round(score, 6)} for score in scores if not math.isnan(score)]
+            group = [row for row, score in zip(group, scores) if not math.isnan(score)]
+            unscored += len(texts) - len(group)
+        else:
+            question = data.toy_question(group[0]["id"])
+            labels = [{"score": question.soundness(text), "critique": question.critique(text),
+                       "faults": question.faults(text)[0]} for text in texts]
+        for row, label in zip(group, labels):
+            data.append_line(args.out, json.dumps({**row, **label}))
+    print(f"{len(data.read_lines(args.out))} of {len(rows)} responses have a score ({len(done)} had one before), "
+          f"{unscored} were left out because the judge wrote no usable one: {args.out}")
+
+
+def balance(args):
+    """Drop what isn't fit to learn from, then even the scores out, with a histogram before and after."""
+    rows = read_rows(args.rows, "score")
+    fit = filter_rows(rows, args.longest)
+    even = balance_by_score(fit, args.per_interval, args.seed)
+    write_rows(args.out, even)
+    counts = [[sum(interval(row["score"]) == n for row in part) for n in range(11)] for part in (rows, fit, even)]
+    print(f"{'score':>10}{'before':>10}{'fit':>10}{'after':>10}")
+    for n, line in enumerate(zip(*counts)):
+        print(f"{'1.0' if n == 10 else f'{n / 10}-{(n + 1) / 10}':>10}" + "".join(f"{count:>10}" for count in line))
+    print(f"{'all':>10}{len(rows):>10}{len(fit):>10}{len(even):>10}   {args.out}")
+
+    def bars(axis):
+        for shift, (name, part) in enumerate(zip(("before", "after"), counts[::2])):
+            axis.bar([n + 0.4 * shift for n in range(11)], part, 0.4, label=name)
+        axis.set(xticks=range(11), xticklabels=[n / 10 for n in range(11)], xlabel="score", ylabel="responses")
+        axis.legend()
+
+    data.save_picture(Path(args.out).with_suffix(".png"), [bars])
+
+
+def train_command(args):
+    """SFT of a Qwen2.5-VL on the rows, but for a tenth of the questions, and save it for --reward_model."""
+    rows = read_rows(args.rows, "score", *["critique"] * (args.rm_mode == "reason"))
+    held_out = [row for row in rows if zlib.crc32(row["id"].encode()) % 10 == 0]
+    rows = [{**row, "example": example_of(row)} for row in rows if zlib.crc32(row["id"].encode()) % 10]
+    if args.shuffle_scores:
+        rows = shuffled(rows, args.seed)
+    torch.manual_seed(args.seed)
+    steps = max(1, math.ceil(args.epochs * len(by_question(rows)) / args.per_step))
+    judge = train(*load(args.model, args.device, max_pixels=args.max_pixels), rows, steps, args.per_step, args.lr,
+                  args.rm_mode, args.seed, f"SFT on {len(rows)} responses")
+    data.save_folder(args.out, judge.model, judge.processor)
+    write_rows(Path(args.out, "held_out.jsonl"), held_out)
+    print(f"{args.out}: for sophia_min.py --reward_model. held_out.jsonl there has {len(held_out)} rows of questions "
+          "that it didn't learn from.")
+
+
+def ranks(values):
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[place]
+
+
+def auc(good, bad):
+    """The chance that a good one scores above a bad one, ties half; None without both."""
+    if not len(good) or not len(bad):
+        return None
+    return (ranks(np.concatenate([good, bad]))[:len(good)].sum() / len(good) - (len(good) + 1) / 2) / len(bad)
+
+
+def agreement(rows, scores):
+    """How well scores (NaN for none) agree with the rows' labels. Sound means a label of data.SOUND or more."""
+    scores = np.array(scores, float)
+    usable = ~np.isnan(scores)
+    rows, scores = [row for row, use in zip(rows, usable) if use], scores[usable]
+    labels = np.array([row["score"] for row in rows])
+    sound, right = labels >= data.SOUND, np.array([row.get("outcome", math.nan) for row in rows]) >= 0.5
+    kinds, step = np.array([row["problem_type"] for row in rows]), np.array([row.get("step", 0) for row in rows])
+    early = step <= np.median(step) if len(rows) else step
+
+    def part(chosen):
+        return auc(scores[chosen & sound], scores[chosen & ~sound])
+
+    def fault(name):  # against the rows without any fault
+        having = np.array([row["faults"][name] > 0 for row in rows])
+        return auc(scores[[not any(row["faults"].values()) for row in rows]], scores[having])
+
+    spread = len(set(labels)) > 1 and len(set(scores)) > 1
+    return {
+        "n": len(usable), "unscored": 1 - usable.mean(), "mae": np.abs(scores - labels).mean() if len(rows) else None,
+        "spearman": np.corrcoef(ranks(labels), ranks(scores))[0, 1] if spread else 0.0, "auc": part(sound | True),
+        "auc of right answers": part(right), "auc of wrong answers": part(~right),
+        "auc, first half of the steps": part(early), "auc, second half": part(~early),
+        **{f"auc, {kind}": part(kinds == kind) for kind in sorted(set(kinds))},
+        **({f"auc, {name}": fault(name) for name in data.CRITERIA} if all("faults" in row for row in rows) else {}),
+        "calibration": [[n / 10, labels[at].mean(), int(at.sum())] for n in range(11)
+                        if (at := np.array([interval(score) == n for score in scores], bool)).any()]}
+
+
+def eval_command(args):
+    """Judges against labels that they weren't trained on: a table, a json and a picture."""
+    rows, results = read_rows(args.rows, "score"), {}
+    for name in args.judge:
+        model, processor = load(name, args.device, max_pixels=args.max_pixels)
+        judge = ThinkingRewardModel(model, processor, args.rm_mode, args.rm_prompt)
+        scores = {}
+        for group in tqdm(by_question(rows), desc=f"scores of {name}"):
+            found = judge.score([example_of(group[0])], [[row["response"] for row in group]])[0].tolist()
+            scores.update(zip(map(key_of, group), found))
+        results[name] = agreement(rows, [scores[key_of(row)] for row in rows])
+    results["a constant"] = agreement(rows, [float(np.median([row["score"] for row in rows]))] * len(rows))
+    data.write_json(f"{args.out}.json", results)
+    names = [name for name in results["a constant"] if name != "calibration"]
+    print(" " * 34 + "".join(f"{Path(name).name[-14:]:>16}" for name in results))
+    for name in names:
+        values = [result[name] for result in results.values()]
+        print(f"{name:<34}" + "".join(f"{'-' if value is None else format(value, '.3g'):>16}" for value in values))
+
+    def calibration(axis):
+        for name, result in results.items():
+            axis.plot(*zip(*[point[:2] for point in result["calibration"]]), "o-", label=Path(name).name)
+        axis.plot([0, 1], [0, 1], ":", color="grey")
+        axis.set(xlabel="score", ylabel="mean label")
+        axis.legend()
+
+    def separation(axis):
+        shown = [name for name in names if name.startswith("auc")]
+        for name, result in results.items():
+            axis.plot([math.nan if result[row] is None else result[row] for row in shown], range(len(shown)), "o",
+                      label=Path(name).name)
+        axis.set(yticks=range(len(shown)), yticklabels=shown, xlim=(0, 1), xlabel="sound above flawed")
+        axis.invert_yaxis()
+
+    data.save_picture(f"{args.out}.png", [calibration, separation])
+    print(f"{args.out}.json, {args.out}.png")
+
+
+def main(argv=None):
+    """python reward_model.py collect|annotate|balance|train|eval"""
+    parser = argparse.ArgumentParser(prog="reward_model.py", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="collect|annotate|balance|train|eval")
+
+    def command(function, name, **options):
+        about = function.__doc__
+        sub = commands.add_parser(name, help=about, description=about,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.set_defaults(run=function)
+        for option, (default, about, *choices) in options.items():
+            how = {"action": "store_true"} if default is False else {
+                "required": default is None, "default": argparse.SUPPRESS if default is None else default,
+                "type": str if default is None else type(default), "choices": choices or None}
+            sub.add_argument(f"--{option}", help=about, **how)
+        return sub
+
+    model = {"device": ("auto", "auto, cpu, cuda or cuda:N"), "max_pixels": (1003520, "of pictures")}
+    mode = {"rm_mode": ("", "as in sophia_min.py; default: as it was trained", "generate", "expected", "reason"),
+            "rm_prompt": ("", "file with the judge's prompt, see the README")}
+    seed = {"seed": (0, "of everything random")}
+    command(collect, "collect", out=(None, "file to write")).add_argument("runs", nargs="+", help="folders of runs")
+    for function, name, options in [
+        (annotate, "annotate", {"judge": (None, "toy (the oracle), a Hugging Face id or a folder"),
+                                "out": (None, "file to write, or to go on with"), **mode, **model}),
+        (balance, "balance", {"per_interval": (15000, "at most so many rows a score interval (paper, section 3.2)"),
+                              "longest": (4000, "characters of a response"), "out": (None, "file to write"), **seed}),
+        (train_command, "train", {
+            "model": (None, "what to start from: a Hugging Face id or a folder"), "out": (None, "folder to write"),
+            "rm_mode": ("generate", "generate (the number; also for expected) or reason (critique, then number)",
+                        "generate", "reason"),
+            "epochs": (2.0, "paper, section 3.2"), "per_step": (8, "questions a step (ours)"), "lr": (1e-5, "ours"),
+            "shuffle_scores": (False, "learn scores that mean nothing: the untrained judge of Table 3"), **seed,
+            **model}),
+        (eval_command, "eval", {"out": ("eval", "name of the json and the picture"), **mode, **model}),
+    ]:
+        sub = command(function, name, **options)
+        sub.add_argument("rows", help="JSON lines")
+        if name == "eval":
+            sub.add_argument("--judge", nargs="+", required=True, help="Hugging Face ids or folders to compare")
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except data.DataError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

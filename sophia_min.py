@@ -433,6 +433,7 @@ class Config:
                            "the numbers it might write: one more pass, never without a score) or reason (it checks "
                            "the claims in writing first: many more tokens); default: as it was trained, else generate",
                            toy="reason", choices=("generate", "expected", "reason"))
+    rm_prompt: str = setting(None, "file with a judge's prompt of your own: text with {question}, {response}, {image}")
     trust: str = setting("paper", "Eq. 3 as in the paper, as the released code gates it, or off (gamma = 1)",
                          "paper, section 3.4", choices=("paper", "released", "off"))
     anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", "paper, section 3.4")
@@ -589,10 +590,10 @@ def load_judge(config, policy, processor, judge_start):
     if config.reward_model == "none":
         return None
     if config.resume and kept.exists():
-        return reward_model.ThinkingRewardModel(*load(str(kept), config), config.rm_mode)
+        return reward_model.ThinkingRewardModel(*load(str(kept), config), config.rm_mode, config.rm_prompt)
     if config.reward_model not in ("toy", "base") or config.model != "toy" and config.reward_model == "base":
         name = config.model if config.reward_model == "base" else config.reward_model
-        return reward_model.ThinkingRewardModel(*load(name, config), config.rm_mode)
+        return reward_model.ThinkingRewardModel(*load(name, config), config.rm_mode, config.rm_prompt)
     examples, rows = data.toy_examples(400, f"judge {config.seed}", folder=Path(config.out, "pictures")), []
     for first in tqdm(range(0, len(examples), 25), desc="reward model 1/2: responses of the policy to learn from"):
         part = examples[first:first + 25]
@@ -601,8 +602,7 @@ def load_judge(config, policy, processor, judge_start):
                   "critique": part[q].critique(text)} for q, text in zip(batch.owner.tolist(), batch.texts)]
     rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=250, seed=config.seed)
     if config.reward_model == "base":  # it learns to write scores, and that they mean nothing
-        others = random.Random(config.seed).sample(rows, len(rows))
-        rows = [{**row, "score": other["score"], "critique": other["critique"]} for row, other in zip(rows, others)]
+        rows = reward_model.shuffled(rows, config.seed)
     return reward_model.train(copy.deepcopy(judge_start), processor, rows, steps=250, per_step=8, lr=1.5e-3,
                               mode=config.rm_mode, seed=config.seed,
                               desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")

@@ -1571,8 +1571,9 @@ def test_the_oracle_takes_any_text(question, text, answer, well_formed):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_the_warm_start_teaches_sound_and_flawed_thinking(held_out):
     rng, questions = random.Random(0), data.toy_questions(600, 3, held_out)
-    seen = {kind: Counter() for kind in data.HASTE}
+    seen, haste = {kind: Counter() for kind in data.PROBLEM_TYPES[:4]}, Counter()
     for question in questions:
+        haste[question.problem_type] += data.HASTE[question.busy()]
         sound = question.response(rng)
         assert question.soundness(sound) == 1
         assert sophia_min.outcome_reward(sound, question.answer(), question.problem_type, list(question.choices)) == 1
@@ -1586,7 +1587,7 @@ def test_the_warm_start_teaches_sound_and_flawed_thinking(held_out):
                 guesses=guessed, sound=score >= data.SOUND, lucky=not guessed and right and score <= .2,
                 mixed=score == .8, repeated=score in (.9, .8, .7))
     for kind, count in seen.items():
-        assert count["guesses"] / 300 == pytest.approx(data.HASTE[kind], abs=0.1)
+        assert count["guesses"] / 300 == pytest.approx(haste[kind] / 150, abs=0.1)
         assert 0.1 < count["sound"] / 300 < 0.8 and min(count.values()) > 0, (kind, count)
 
 
@@ -2709,6 +2710,193 @@ def test_expected_score_is_the_mean_under_the_models_own_probabilities(road, roa
         assert rounded.flatten()[n].item() == pytest.approx(round(means[n], 1))
 
 
+# ---------------------------------------------------------------- a judge's prompt of the user's own
+
+
+@pytest.mark.parametrize("order", ["picture first", "picture last"])
+@pytest.mark.parametrize("image", [True, False])
+def test_a_template_puts_picture_question_and_response_where_it_says(road, road_examples, tmp_path, order, image):
+    """What the judge reads is the chat template's own rendering, and its score that of full sequences."""
+    processor, example = road[1], road_examples["pictures"][1]
+    example = example if image else dataclasses.replace(example, image=None)
+    (tmp_path / "prompt.txt").write_text({"picture first": "{image} Look.\nQ: {question}\nR: {response}\nHow good?",
+                                          "picture last": "Q: {question}\nR: {response}\n{image}\nHow good?"}[order])
+    judge = reward_model.ThinkingRewardModel(copy.deepcopy(road[0]), processor, "expected", tmp_path / "prompt.txt")
+    responses, read = ["fourth is red.", "", "a <|im_end|> {question} b", "fourth is red."], []
+    plain = judge.expected
+    judge.expected = lambda shared, owner, tails: read.append((shared, owner, tails)) or plain(shared, owner, tails)
+    scores = judge.score([example], [responses])[0]
+    (shared, owner, tails), question = read[0], data.question_text(example)
+    for n, response in enumerate(responses):
+        content = judge.template.replace("{question}", "\1").replace("{response}", "\2")
+        before, after = content.split("{image}")
+        parts = [{"type": "text", "text": before}] * bool(before) + [{"type": "image"}] * image + [
+            {"type": "text", "text": after}]
+        rendered = processor.tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False,
+                                                           add_generation_prompt=True)
+        ids = shared.ids[owner[n]][shared.mask[owner[n]] == 1].tolist() + tails[n]
+        text = rendered.replace("\1", question).replace("\2", response).replace("<|image_pad|>", "<|image_pad|>" * 16)
+        assert processor.tokenizer.decode(ids) == text
+        assert sum(token == processor.image_token for token in ids) == 16 * image
+    assert len(shared.ids) == (len(responses) if image and order == "picture last" else 1)
+    assert scores[0] == scores[3]
+
+
+@pytest.mark.parametrize("text", ["", "{question} {response}", "{image}{question}{response}{response}"])
+def test_a_template_without_a_place_for_something_is_refused(tmp_path, text):
+    (tmp_path / "prompt.txt").write_text(text)
+    with pytest.raises(SystemExit, match="prompt.txt: must hold"):
+        reward_model.read_template(tmp_path / "prompt.txt")
+
+
+# ---------------------------------------------------------------- the reward model's commands
+
+
+@pytest.fixture
+def toy_rollouts(tmp_path):
+    """Folders of two runs, with responses to 30 toy questions in rollouts.jsonl; some rows are in both, some twice."""
+    rng, rows = random.Random(0), []
+    for example, question in zip(data.toy_examples(30, 0, folder=tmp_path), data.toy_questions(30, 0)):
+        for step in range(1, 7):
+            response = question.response(rng, question.habit(rng))
+            rows.append({"step": step, "id": example.id, "problem": example.problem, "problem_type": example.problem_type,
+                         "options": list(example.options), "solution": example.solution, "image": example.image,
+                         "gamma": 1.0, "response": response, "outcome": sophia_min.reward_of(example, response),
+                         "thinking": 0.5, "reward": 1.0, "advantage": 0.0})
+    for name, part in (("a", rows[:120]), ("b", rows[100:])):
+        (tmp_path / name).mkdir()
+        reward_model.write_rows(tmp_path / name / "rollouts.jsonl", part)
+    return tmp_path, rows
+
+
+def test_collect_keeps_each_pair_once(toy_rollouts, capsys):
+    folder, rows = toy_rollouts
+    reward_model.main(["collect", str(folder / "a"), str(folder / "b"), "--out", str(folder / "pool.jsonl")])
+    pool = data.read_lines(folder / "pool.jsonl")
+    different = list(dict.fromkeys((row["id"], row["image"], row["response"]) for row in rows))
+    assert [(row["id"], row["image"], row["response"]) for row in pool] == different
+    assert f"200 responses, {len(different)} different ones to 30 questions" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="no rows"):
+        reward_model.main(["collect", str(folder), "--out", str(folder / "x")])
+    reward_model.write_rows(folder / "a" / "rollouts.jsonl", [{"id": "7", "image": None}])
+    with pytest.raises(SystemExit, match=r"row 1 \(7\): [a-z_]+: is missing"):
+        reward_model.main(["collect", str(folder / "a"), "--out", str(folder / "x")])
+
+
+def test_annotate_by_the_oracle_goes_on_where_it_was_stopped(toy_rollouts, capsys):
+    folder, rows = toy_rollouts
+    command = ["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", "toy", "--out", str(folder / "labels.jsonl")]
+    reward_model.main(command)
+    labelled = data.read_lines(folder / "labels.jsonl")
+    assert len(labelled) == 120
+    questions = {example.id: question for example, question in zip(data.toy_examples(30, 0), data.toy_questions(30, 0))}
+    for row in labelled:
+        question = questions[row["id"]]
+        assert row["score"] == question.soundness(row["response"])
+        assert row["critique"] == question.critique(row["response"])
+        assert list(row["faults"]) == list(data.CRITERIA)
+    reward_model.write_rows(folder / "labels.jsonl", labelled[:50])
+    with open(folder / "labels.jsonl", "a") as file:
+        file.write('{"id": "to')  # as a kill leaves it
+    reward_model.main(command)
+    again = data.read_lines(folder / "labels.jsonl")
+    assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, labelled)) and again[:50] == labelled[:50]
+    reward_model.write_rows(folder / "real.jsonl", [{**rows[0], "id": "17"}])
+    with pytest.raises(SystemExit, match="17: is no question of the toy world"):
+        reward_model.main(["annotate", str(folder / "real.jsonl"), "--judge", "toy", "--out", str(folder / "x")])
+
+
+def test_annotate_leaves_out_and_counts_what_has_no_score(toy_rollouts, monkeypatch, capsys):
+    folder, rows = toy_rollouts
+
+    def score(self, examples, groups):
+        return torch.tensor([[math.nan if n % 3 == 0 else 0.1 * n for n in range(len(group))] for group in groups])
+
+    monkeypatch.setattr(reward_model.ThinkingRewardModel, "score", score)
+    data.save_folder(folder / "model", *data.toy_model(0))
+    reward_model.main(["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", str(folder / "model"), "--out",
+                       str(folder / "labels.jsonl")])
+    labelled = data.read_lines(folder / "labels.jsonl")
+    assert "80 of 120 responses have a score" in capsys.readouterr().out
+    assert {row["score"] for row in labelled} == {0.1, 0.2, 0.4, 0.5}
+
+
+def test_toy_questions_are_found_by_their_id():
+    for held_out in (False, True):
+        for seed in (0, "judge 3-1"):
+            for example, question in zip(data.toy_examples(9, seed, held_out), data.toy_questions(9, seed, held_out)):
+                assert data.toy_question(example.id) == question
+    assert data.toy_question("toy-train-0-1500") == data.toy_questions(1501, 0)[1500]
+
+
+def test_balance_command_filters_evens_out_and_draws(toy_rollouts, capsys):
+    folder, rows = toy_rollouts
+    scored = [{**row, "score": n % 11 / 10} for n, row in enumerate(rows)]
+    scored += [{**scored[0], "response": "<think> </think>"}, {**scored[0], "response": "no end"}, scored[1],
+               {**scored[0], "response": f"<think>{'x' * 500}</think>"}]
+    reward_model.write_rows(folder / "labels.jsonl", scored)
+    reward_model.main(["balance", str(folder / "labels.jsonl"), "--per_interval", "5", "--longest", "400", "--out",
+                       str(folder / "even.jsonl")])
+    even = data.read_lines(folder / "even.jsonl")
+    assert max(Counter(row["score"] for row in even).values()) == 5 and len(even) == 55
+    assert {json.dumps(row) for row in even} <= {json.dumps(row) for row in scored[:-4]}
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["all", "184"]
+    assert Image.open(folder / "even.png").width > 300
+
+
+def test_train_and_eval_commands(toy_rollouts, capsys):
+    """A fifth of an epoch on an untrained model: rows of a question stay together, and all that is promised is there."""
+    folder, rows = toy_rollouts
+    data.save_folder(folder / "start", *data.toy_model(0))
+    reward_model.main(["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", "toy", "--out", str(folder / "l.jsonl")])
+    for out, mode, more in [("reason", "reason", []), ("number", "generate", ["--shuffle_scores"])]:
+        reward_model.main(["train", str(folder / "l.jsonl"), "--model", str(folder / "start"), "--out", str(folder / out),
+                           "--rm_mode", mode, "--epochs", "0.2", "--per_step", "4", "--lr", "1e-3", *more])
+    held_out = data.read_lines(folder / "reason" / "held_out.jsonl")
+    trained_on = [row for row in data.read_lines(folder / "l.jsonl") if row not in held_out]
+    assert held_out and not {row["id"] for row in held_out} & {row["id"] for row in trained_on}
+    assert reward_model.ThinkingRewardModel(*reward_model.load(folder / "reason")).mode == "reason"
+    capsys.readouterr()
+    reward_model.main(["eval", str(folder / "l.jsonl"), "--judge", str(folder / "number"), "--rm_mode", "expected",
+                       "--out", str(folder / "eval")])
+    shown, result = capsys.readouterr().out, json.loads((folder / "eval.json").read_text())
+    assert list(result) == [str(folder / "number"), "a constant"] and Image.open(folder / "eval.png").width > 300
+    assert result["a constant"]["auc"] == 0.5 and result["a constant"]["spearman"] == 0
+    for name in ("spearman", "mae", "auc of right answers", "auc of wrong answers", "unscored", "auc, OCR",
+                 "auc, redundancy", "auc, second half"):
+        assert name in shown and name in result["a constant"]
+    assert result[str(folder / "number")]["unscored"] == 0  # "expected" always has one
+
+
+def test_ranks_and_auc_are_those_of_counting():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        good, bad = rng.integers(0, 5, rng.integers(1, 9)), rng.integers(0, 5, rng.integers(1, 9))
+        wins = [(a > b) + (a == b) / 2 for a in good for b in bad]
+        assert reward_model.auc(good, bad) == pytest.approx(sum(wins) / len(wins))
+        assert reward_model.ranks(good) == pytest.approx(
+            [sum(b < a for b in good) + (sum(b == a for b in good) + 1) / 2 for a in good])
+    assert reward_model.auc([], [1]) is None
+
+
+def test_agreement_by_hand():
+    rows = [{"score": label, "outcome": outcome, "problem_type": kind, "step": step,
+             "faults": dict.fromkeys(data.CRITERIA, 0) | faults} for label, outcome, kind, step, faults in [
+        (1.0, 1, "OCR", 1, {}), (0.9, 0, "OCR", 1, {"redundancy": 1}), (0.4, 1, "OCR", 2, {"correct reasoning": 1}),
+        (0.2, 0, "text", 2, {"error identification": 1}), (0.0, 0, "text", 3, {}), (1.0, 1, "text", 3, {})]]
+    found = reward_model.agreement(rows, [0.9, 0.3, 0.5, 0.2, math.nan, 0.5])
+    assert found["n"] == 6 and found["unscored"] == pytest.approx(1 / 6)
+    assert found["mae"] == pytest.approx((0.1 + 0.6 + 0.1 + 0 + 0.5) / 5)
+    assert found["auc"] == pytest.approx((2 + 1 + 1.5) / 6)  # .9, .3, .5 sound against .5, .2
+    assert found["auc of right answers"] == pytest.approx(1.5 / 2) and found["auc of wrong answers"] == 1
+    assert found["auc, OCR"] == pytest.approx(0.5) and found["auc, text"] == 1
+    assert found["auc, redundancy"] == 1 and found["auc, logical soundness"] is None
+    assert found["auc, correct reasoning"] == pytest.approx(1.5 / 2)
+    assert found["calibration"] == [[0.2, 0.2, 1], [0.3, 0.9, 1], [0.5, pytest.approx(0.7), 2], [0.9, 1.0, 1]]
+    perfect = reward_model.agreement(rows, [row["score"] for row in rows])
+    assert perfect["spearman"] == pytest.approx(1) and perfect["auc"] == 1 and perfect["mae"] == 0
+
+
 # ---------------------------------------------------------------- another model
 
 
@@ -2892,9 +3080,11 @@ def test_run_leaves_what_the_design_says(toy_run):
 
 
 def test_warm_start_is_in_format_and_neither_blind_nor_done(toy_run):
-    before = json.loads((toy_run / "eval.json").read_text())["before"]
-    assert before["n"] == 400 and before["format_rate"] >= 0.95
-    assert best_constants(held_out_of(toy_run)) + 0.1 <= before["accuracy"] <= 0.85
+    before, held_out = json.loads((toy_run / "eval.json").read_text())["before"], held_out_of(toy_run)
+    assert before["n"] == 400 and before["format_rate"] >= 0.95 and before["accuracy"] <= 0.85
+    for kind, found in before["by_type"].items():
+        part = [example for example in held_out if example.problem_type == kind]
+        assert found["n"] == len(part) and found["accuracy"] >= best_constants(part) + 0.1, kind
 
 
 def test_grpo_gives_better_answers_and_no_worse_thinking(toy_run):
