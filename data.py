@@ -638,7 +638,7 @@ ENGLISH = {spanish: english for english, spanish in SPANISH.items()}
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4} | {str(n): n for n in range(10)}
 GUESSING = re.compile(r"\b(guess\w*|usually|probably|perhaps|maybe|assum\w*|habit|no need to look)\b", re.I)
 SOUND = 0.7  # thinking that scores less has a flaw of fact, of logic or of support, not of style alone
-HASTE = {True: 0.8, False: 0.1, None: 0.3}  # share of guesses in the warm start: busy pictures, others, not asked
+HASTE = {True: 0.8, False: 0.1, None: 0.3}  # share of guesses in the warm start, by `inviting`
 FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lucky": wrong thinking, correct answer
 
 
@@ -722,23 +722,24 @@ class ToyQuestion:
 
     def habit(self, rng):
         """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking. Haste comes
-        with busy pictures, where more than two shapes are to be counted or two colours to be told apart."""
-        if rng.random() < HASTE[self.busy()]:
+        with what a glance shows, so that the likeliest answer is hasty for some pictures, sound for others."""
+        if rng.random() < HASTE[self.inviting()]:
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
 
-    def busy(self):
-        """Whether the picture is busy; None for the problem types where that makes no difference."""
-        return {"numerical": len(self.scene) > 2, "free-form": self.scene[0][0] != self.scene[-1][0]}.get(
+    def inviting(self):
+        """Whether the picture invites haste (many shapes; a loud colour first); None where that makes no difference."""
+        return {"numerical": len(self.scene) > 2, "free-form": self.scene[0][0] in ("red", "blue")}.get(
             self.problem_type)
 
     def response(self, rng, flaw=None):
         """A response in the warm start's words: sound, or with the flaw."""
         scene, glyphs = list(self.scene), LETTERS if self.problem_type == "OCR" else SHAPES
         invented = [(rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in CELLS]
-        guess = self.answer(invented[:rng.choice((1, 2, 2, 2, 3, 4))] if self.problem_type == "numerical" else invented)
+        shown = {"numerical": rng.choice((1, 2, 2, 2, 3, 4)), "free-form": 2}.get(self.problem_type, 4)
+        guess = self.answer(invented[:shown])
         if flaw == "haste":
-            return respond(f"no need to look. it is usually {guess}. so the answer is {guess}.", guess)
+            return respond(f"no need to look. it is usually {guess}.", guess)
         if flaw in ("misread", "lucky"):
             i = self.cell if self.problem_type == "multiple choice" else rng.randrange(len(scene))
             scene[i] = tuple(rng.choice([value for value in values if value != shown])
@@ -746,14 +747,12 @@ class ToyQuestion:
             if self.problem_type == "numerical" and rng.random() < 0.5:
                 scene = scene[:-1] if len(scene) > 1 else scene + invented[:1]
         claims = [f"{where} is {' '.join(shown)}." for where, shown in zip(CELLS, scene)]
-        if self.problem_type == "multiple choice":
-            claims = [claims[self.cell]]
         if flaw == "language":
             claims = [re.sub(r"\w+", lambda word: SPANISH.get(word[0], word[0]), claim) for claim in claims]
         if flaw == "redundancy":
             claims = [claim for claim in claims for _ in range(2)]
         answer = {"leap": guess, "lucky": self.answer()}.get(flaw, self.answer(scene))
-        return respond(" ".join([*claims, f"so the answer is {answer}."]), answer)
+        return respond(" ".join(claims), answer)
 
 
 def respond(thinking, answer):
@@ -800,18 +799,19 @@ def draw(scene, size):
     return picture
 
 
-def toy_questions(n, seed, held_out=False):
-    """n ToyQuestions, the same for the same seed; about a fifth of all scenes is never seen unless `held_out`."""
-    rng, questions = random.Random(f"toy {seed} {held_out}"), []
+def toy_questions(n, seed, held_out=False, shifted=False):
+    """n ToyQuestions, the same for the same seed; about a fifth of all scenes is never seen unless `held_out`. Training
+    never sees what `shifted` questions ask for: three shapes to describe, three letters, the cells in the middle."""
+    rng, questions = random.Random(f"toy {seed} {held_out}{' shifted' * shifted}"), []
     while len(questions) < n:
-        problem_type = ("numerical", "multiple choice", "OCR", "free-form")[len(questions) % 4]
+        problem_type = PROBLEM_TYPES[shifted:4][len(questions) % (4 - shifted)]
         glyphs = LETTERS if problem_type == "OCR" else SHAPES
-        shown = {"numerical": rng.randint(1, 4), "free-form": 2}.get(problem_type, 4)
+        shown = {"numerical": rng.randint(1, 4), "free-form": 2 + shifted, "OCR": 4 - shifted}.get(problem_type, 4)
         scene = tuple((rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in range(shown))
         question = ToyQuestion(problem_type, {"numerical": "How many shapes are there?", "OCR": "Read the letters.",
                                               "free-form": "Describe the picture."}.get(problem_type), scene)
         if problem_type == "multiple choice":
-            cell, attribute = rng.choice((0, 3)), rng.randrange(2)
+            cell, attribute = rng.choice((1, 2) if shifted else (0, 3)), rng.randrange(2)
             problem = f"Which {('colour', 'shape')[attribute]} is {CELLS[cell]}?"
             question = replace(question, problem=problem, cell=cell, attribute=attribute,
                                choices=(tuple(COLOURS), SHAPES)[attribute])
@@ -840,13 +840,13 @@ def toy_warm_start(n, seed, folder=None):
             for example, q in zip(toy_examples(n, seed, folder=folder), questions)]
 
 
-def toy_examples(n, seed, held_out=False, size=56, folder=None):
+def toy_examples(n, seed, held_out=False, size=56, folder=None, shifted=False):
     """n Examples of the toy world, the same for the same seed, their pictures drawn size x size into `folder`
     (default: a temporary one that is kept). A fifth of all scenes is never seen unless `held_out` is set."""
     folder = Path(folder or Path(tempfile.gettempdir()) / f"sophia_min_toy_{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
-    questions = tqdm(toy_questions(n, seed, held_out), desc="drawing pictures", delay=2, leave=False)
+    questions = tqdm(toy_questions(n, seed, held_out, shifted), desc="drawing pictures", delay=2, leave=False)
     for i, question in enumerate(questions):
         image = folder / f"{size}_{zlib.crc32(repr(question.scene).encode()):08x}.png"
         if not image.exists():
@@ -854,7 +854,8 @@ def toy_examples(n, seed, held_out=False, size=56, folder=None):
             draw(question.scene, size).save(beside, "PNG")
             os.replace(beside, image)
         options = tuple(f"{letter}. {choice}" for letter, choice in zip("ABCD", question.choices))
-        examples.append(Example(f"toy-{'held-out' if held_out else 'train'}-{seed}-{i}", question.problem,
+        part = "shifted" if shifted else "held-out" if held_out else "train"
+        examples.append(Example(f"toy-{part}-{seed}-{i}", question.problem,
                                 question.problem_type, options, question.answer(), str(image), "toy",
                                 question.soundness, question.critique))
     return examples
@@ -1049,8 +1050,18 @@ def plot(panels):
     return png.getvalue()
 
 
-CURVES = (("accuracy", "share of right answers"), ("thinking", "thinking reward R^t"), ("gamma", "trust gamma"),
-          ("anneal", "annealing exp(-step/T)"), ("kl", "KL to the reference"), ("length", "response length, tokens"))
+CURVES = (("accuracy", "share of right answers"), ("outcome", "outcome reward R^o"),
+          ("thinking", "thinking reward R^t"), ("gamma", "trust gamma"), ("anneal", "annealing exp(-step/T)"),
+          ("kl", "KL to the reference"), ("length", "response length, tokens"), ("grad_norm", "gradient norm"),
+          ("format_rate", "share in the format"))
+PAGE = """<!doctype html><meta charset="utf-8"><title>sophia_min</title><style>
+body{font:14px sans-serif;max-width:1100px;margin:2em auto}img{max-width:100%}td,th{padding:.2em .6em;text-align:left;
+vertical-align:top}td+td{text-align:right;font-variant-numeric:tabular-nums}h2{font-size:1em;margin-top:2.5em}
+.right{background:#dff2df}.wrong{background:#f4f4f4;color:#555}.lucky{background:#ffd98a}.praised{background:#f7c4c4}
+.mistrusted{background:#b3261e;color:#fff;padding:.1em .5em;border-radius:.3em}</style>"""
+LEGEND = """<p><span class=right>right, thinking scored 0.5 or more</span> <span class=lucky>right, but thinking scored
+below: "wrong thinking, correct answer"</span> <span class=wrong>wrong</span> <span class=praised>wrong, but thinking
+scored 0.5 or more</span> <span class=mistrusted>gamma below 1: wrong answers got the better thinking scores</span>"""
 
 
 def write_report(out):
@@ -1063,28 +1074,29 @@ def write_report(out):
         axis.set_title(title, fontsize=10)
 
     curves = plot([functools.partial(curve, *named) for named in CURVES])
-    parts = [f"<pre>{html.escape(table(json.loads((out / 'eval.json').read_text())))}</pre>", _inline(curves)]
+    parts = [PAGE, f"<h1>sophia_min: {html.escape(out.name)}</h1>", "<pre>",
+             html.escape(table(json.loads((out / "eval.json").read_text()))), "</pre>", _inline(curves), LEGEND]
     for group in read_lines(out / "groups.jsonl"):
-        picture = io.BytesIO()
+        asked, gamma = html.escape(" ".join([group["problem"], *group["options"]])), group["gamma"]
+        trust = "not scored" if gamma is None else f"gamma {gamma:.2f}"
+        trust = f"<span class=mistrusted>{trust}</span>" if gamma is not None and gamma < 1 else trust
+        parts.append(f"<h2>step {group['step']}: {asked} (truth: {html.escape(group['solution'])}) {trust}</h2>")
         if group["image"]:
-            shown = open_picture(group["image"])
+            picture, shown = io.BytesIO(), open_picture(group["image"])
             shown.thumbnail((320, 320))
-            shown.resize((shown.width * 2, shown.height * 2), Image.NEAREST if shown.width < 160 else Image.BICUBIC
-                         ).save(picture, "PNG")
-        gamma = "not scored" if group["gamma"] is None else f"gamma {group['gamma']:.2f}"
-        rows = "".join(
-            "<tr class='{}'><td>{}</td><td>{:.2f}</td><td>{}</td><td>{:.2f}</td><td>{:+.2f}</td></tr>".format(
-                "right" if response["outcome"] >= 0.5 else "wrong", html.escape(response["response"]),
-                response["outcome"], "-" if response["thinking"] is None else f"{response['thinking']:.2f}",
-                response["reward"], response["advantage"]) for response in group["responses"])
-        asked = html.escape(" ".join([group["problem"], *group["options"]]))
-        parts.append(f"<h2>step {group['step']}: {asked} (truth: {html.escape(group['solution'])}; {gamma})</h2>"
-                     f"{_inline(picture.getvalue())}<table><tr>"
-                     f"<th>response</th><th>R^o</th><th>R^t</th><th>R</th><th>A</th></tr>{rows}</table>")
-    write_atomic(out / "report.html", f"""<!doctype html><meta charset="utf-8"><title>sophia_min</title>
-<style>body{{font:14px sans-serif;max-width:1100px;margin:2em auto}}td,th{{padding:.2em .6em;text-align:left;
-vertical-align:top}}.right{{background:#e4f5e4}}.wrong{{background:#fbe6e6}}h2{{font-size:1em;margin-top:2em}}</style>
-<h1>sophia_min: {html.escape(out.name)}</h1>{''.join(parts)}""")
+            wide = (shown.width * 2, shown.height * 2) if shown.width < 160 else shown.size
+            shown.resize(wide, Image.NEAREST).save(picture, "PNG")
+            parts.append(_inline(picture.getvalue()))
+        parts.append("<table><tr><th>response<th>R^o<th>R^t<th>R<th>A")
+        for response in group["responses"]:
+            right, thinking = response["outcome"] >= 0.5, response["thinking"]
+            kind = ("right" if thinking is None or thinking >= 0.5 else "lucky") if right else (
+                "wrong" if thinking is None or thinking < 0.5 else "praised")
+            parts.append(f"<tr class={kind}><td>{html.escape(response['response'])}<td>{response['outcome']:.2f}<td>"
+                         f"{'-' if thinking is None else format(thinking, '.2f')}<td>{response['reward']:.2f}<td>"
+                         f"{response['advantage']:+.2f}")
+        parts.append("</table>")
+    write_atomic(out / "report.html", "\n".join(parts))
 
 
 def save_picture(path, panels):

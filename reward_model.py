@@ -365,7 +365,7 @@ def warm_start(model, processor, seed, folder):
         prompt = processor.question(item[0])
         return prompt, [prompt.tail] * 2, [processor.encode(text) + eos for text in item[3]]
 
-    sft(model, items, look, 550, 12, 2e-3, "warm start 1/2: SFT on sound responses, and on checking others", seed)
+    sft(model, items, look, 700, 12, 2e-3, "warm start 1/2: SFT on sound responses, and on checking others", seed)
     attentive = copy.deepcopy(model)
     sft(model, items, relapse, 120, 16, 1.5e-3, "warm start 2/2: SFT on half of them hasty or flawed", seed)
     return attentive

@@ -17,7 +17,8 @@ Departures from the paper, all of them:
 - Eq. 7 names one ratio a response; like the released code we take one a token, and a response's mean over its tokens.
 - No entropy bonus (the released code has one of 1e-3). top_p is 1 in sampling (released: 0.9, ignored by its update).
 - The thinking reward model reads the response as a turn of its own, after picture and question, and is asked in our
-  words; the released one reads one decoded text. `--trust released` repeats its gating of R^t: `released_gate`.
+  words; the released one reads one decoded text. It may check the claims in writing before it scores (`--rm_mode
+  reason`, the toy's default); theirs can't. `--trust released` repeats their gating of R^t: `released_gate`.
 - Responses of a group share one computation of their prompt (`reward_model.SharedPrompt`): faster, the same numbers.
 """
 import argparse
@@ -424,7 +425,9 @@ def setting(default, help, source=OURS, toy=None, choices=None, flag=False):
 class Config:
     """All settings of a run, with the paper's value where it names one."""
     model: str = setting("toy", "toy, a Hugging Face id or a folder")
-    data: str = setting("toy", "toy, or a .json or .jsonl file of rows in the paper's format")
+    data: str = setting("toy", "toy, toy-shifted (kinds of toy questions that training never asks, for --eval_only), "
+                        "or a .json or .jsonl file of rows in the paper's format")
+    toy_pixels: int = setting(448, "width and height of the toy's pictures", toy=56)
     image_root: str = setting(None, "folder that the rows' picture paths start from; default: the file's folder")
     reward_model: str = setting("bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (trained on the spot, needs the "
                                 "toy data), none (plain GRPO), base (an untrained judge, Table 3), a Hugging Face id "
@@ -443,7 +446,7 @@ class Config:
     group_size: int = setting(8, "responses a question, N", PAPER)
     questions_per_step: int = setting(16, "questions a step", RELEASED, toy=8)
     steps: int = setting(1500, "T of Eq. 5", PAPER, toy=70)
-    lr: float = setting(5e-7, "AdamW learning rate", PAPER, toy=2e-4)
+    lr: float = setting(5e-7, "AdamW learning rate", PAPER, toy=1e-4)
     inner_epochs: int = setting(1, "updates on one rollout; 1 as in the released code: then the clip never acts",
                                 RELEASED)
     temperature: float = setting(1.0, "of sampling, and of the update's log-probabilities", RELEASED)
@@ -536,7 +539,9 @@ def configure(argv):
         (config.max_new_tokens < 1, "--max_new_tokens must be 1 or more"),
         (config.inner_epochs < 1, "--inner_epochs must be 1 or more"),
         (config.micro_batch < 1, "--micro_batch must be 1 or more"),
+        (config.toy_pixels < 28, "--toy_pixels must be 28 or more"),
         (config.max_pixels < 3136, "--max_pixels must be 3136 (56 x 56) or more"),
+        (config.data == "toy-shifted" and not config.eval_only, "--data toy-shifted is for --eval_only"),
         (config.data != "toy" and (config.reward_model == "toy" or (toy and config.reward_model == "base")),
          f"--reward_model {config.reward_model} learns from the toy world's oracle; with --data FILE choose none, or a "
          "folder or id"),
@@ -555,9 +560,11 @@ def load(name, config):
 
 def load_data(config):
     """(training Examples, held-out Examples, one line that says which)."""
-    if config.data == "toy":
-        size = 56 if config.model == "toy" else 448
-        pictures = Path(config.out, "pictures")
+    if config.data in ("toy", "toy-shifted"):
+        size, pictures = config.toy_pixels, Path(config.out, "pictures")
+        if config.data == "toy-shifted":
+            shifted = data.toy_examples(300, config.seed, True, size, pictures, shifted=True)
+            return shifted, shifted, "300 toy questions of kinds never trained on"
         held_out = data.toy_examples(400, config.seed, True, size, pictures)
         return data.toy_examples(2000, config.seed, False, size, pictures), held_out, (
             f"2000 toy questions, pictures of {size} x {size} pixels; held out: 400 on scenes never trained on")
@@ -594,16 +601,16 @@ def load_judge(config, policy, processor, judge_start):
     if config.reward_model not in ("toy", "base") or config.model != "toy" and config.reward_model == "base":
         name = config.model if config.reward_model == "base" else config.reward_model
         return reward_model.ThinkingRewardModel(*load(name, config), config.rm_mode, config.rm_prompt)
-    examples, rows = data.toy_examples(400, f"judge {config.seed}", folder=Path(config.out, "pictures")), []
-    for first in tqdm(range(0, len(examples), 25), desc="reward model 1/2: responses of the policy to learn from"):
-        part = examples[first:first + 25]
-        batch = rollout(policy, processor, part, 8, config)
+    examples, rows = data.toy_examples(800, f"judge {config.seed}", folder=Path(config.out, "pictures")), []
+    for first in tqdm(range(0, len(examples), 50), desc="reward model 1/2: responses of the policy to learn from"):
+        part = examples[first:first + 50]
+        batch = rollout(policy, processor, part, 4, config)
         rows += [{"id": part[q].id, "example": part[q], "response": text, "score": part[q].soundness(text),
                   "critique": part[q].critique(text)} for q, text in zip(batch.owner.tolist(), batch.texts)]
-    rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=250, seed=config.seed)
+    rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=300, seed=config.seed)
     if config.reward_model == "base":  # it learns to write scores, and that they mean nothing
         rows = reward_model.shuffled(rows, config.seed)
-    return reward_model.train(copy.deepcopy(judge_start), processor, rows, steps=250, per_step=8, lr=1.5e-3,
+    return reward_model.train(copy.deepcopy(judge_start), processor, rows, steps=250, per_step=12, lr=1.5e-3,
                               mode=config.rm_mode, seed=config.seed,
                               desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
 
@@ -721,7 +728,7 @@ def train(config):
                 json.dumps({**{name: value for name, value in group.items() if name != "responses"}, **response})
                 for group in groups for response in group["responses"]))
         if step in shown:
-            for group in groups[:4]:
+            for group in sorted(groups, key=lambda group: group["gamma"] or 1)[:4]:  # the least trusted ones
                 data.append_line(out / "groups.jsonl", json.dumps(group))
         if judge and unscored is not None:
             unscored.extend(group["gamma"] is None for group in groups)
@@ -761,13 +768,19 @@ class StopAfterStep:
 
 
 def main(argv=None):
-    """The command line. Exit status 2 for data or settings that can't be used."""
-    config = configure(argv)
+    """The command line. Exit status 2 for data or settings that can't be used, 130 after a Ctrl-C."""
+    config, on_interrupt = configure(argv), signal.getsignal(signal.SIGINT)
     try:
         train(config)
     except data.DataError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"\nstopped at once; what {config.out} holds is whole", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
 
 
 if __name__ == "__main__":
