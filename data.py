@@ -825,11 +825,11 @@ _first_toy_questions = functools.cache(toy_questions)
 
 def toy_question(id):
     """The ToyQuestion of a toy Example's id. Raises DataError for any other id."""
-    named = re.fullmatch(r"toy-(train|held-out)-(.*)-(\d+)", id)
+    named = re.fullmatch(r"toy-(train|held-out|shifted)-(.*)-(\d+)", id)
     if not named:
         raise DataError(f"{id}: is no question of the toy world, whose oracle knows no other")
     part, seed, i = named[1], named[2], int(named[3])
-    return _first_toy_questions(-(-(i + 1) // 1000) * 1000, seed, part == "held-out")[i]
+    return _first_toy_questions(-(-(i + 1) // 1000) * 1000, seed, part != "train", part == "shifted")[i]
 
 
 def toy_warm_start(n, seed, folder=None):
@@ -1102,6 +1102,62 @@ def write_report(out):
 def save_picture(path, panels):
     """plot(panels) as a file."""
     write_atomic(path, plot(panels))
+
+
+T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 2, 3 .. seeds: 95% interval
+
+
+def spread(values):
+    """(mean, half of the 95% interval) of one number a seed; None for the half where there is one seed only."""
+    n = len(values)
+    half = T95[min(n, 10) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
+    return float(np.mean(values)), half
+
+
+def write_study(root, folders):
+    """study.json and study.png from finished runs, folders[seed, arm], and the table of them as text."""
+    arms, seeds = list(dict.fromkeys(arm for _, arm in folders)), sorted({seed for seed, _ in folders})
+    numbers = {arm: {} for arm in arms}
+    for name, file, part, key in (("accuracy", "eval.json", "after", "accuracy"),
+                                  ("soundness", "eval.json", "after", "soundness"),
+                                  ("shifted accuracy", "shifted/eval.json", "before", "accuracy"),
+                                  ("shifted soundness", "shifted/eval.json", "before", "soundness")):
+        for arm in arms:
+            numbers[arm][name] = [json.loads((folders[seed, arm] / file).read_text())[part][key] for seed in seeds]
+    logs = {arm: [read_lines(folders[seed, arm] / "log.jsonl") for seed in seeds] for arm in arms}
+    write_json(Path(root, "study.json"), {"seeds": seeds, "runs": numbers, "arms": {
+        arm: {name: spread(values) for name, values in numbers[arm].items()} for arm in arms}, "full minus arm": {
+        arm: {name: spread(np.subtract(numbers["full"][name], values)) for name, values in numbers[arm].items()}
+        for arm in arms if arm != "full"}})
+    names = list(numbers["full"])
+
+    def line(label, cells):
+        return f"{label:<26}" + "".join(
+            f"{mean:>10.3f}" + (" " * 9 if half is None else f" +-{half:6.3f}") for mean, half in cells)
+
+    lines = [" " * 26 + "".join(f"{name:>19}" for name in names)]
+    lines += [line(arm, [spread(numbers[arm][name]) for name in names]) for arm in arms]
+    lines += ["", "full minus (pairs by seed)"]
+    lines += [line(arm, [spread(np.subtract(numbers["full"][name], numbers[arm][name])) for name in names])
+              for arm in arms if arm != "full"]
+
+    def outcome(axis):
+        for arm in arms:
+            curve = np.mean([[entry["outcome"] for entry in log] for log in logs[arm]], 0)
+            axis.plot(np.convolve(curve, np.ones(9) / 9, "valid"), label=arm)
+        axis.set(title="outcome reward, mean of nine steps", xlabel="step")
+        axis.legend(fontsize=7)
+
+    def dots(name, axis):
+        for row, arm in enumerate(arms):
+            mean, half = spread(numbers[arm][name])
+            axis.errorbar(mean, row, xerr=half, fmt="o")
+            axis.plot(numbers[arm][name], [row + 0.2] * len(seeds), "|", color="grey")
+        axis.set(yticks=range(len(arms)), yticklabels=arms, title=name)
+        axis.invert_yaxis()
+
+    save_picture(Path(root, "study.png"), [outcome, *(functools.partial(dots, name) for name in names)])
+    return "\n".join(lines)
 
 
 def _inline(png):

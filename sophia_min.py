@@ -25,15 +25,20 @@ import argparse
 import copy
 import json
 import math
+import os
 import pickle
 import random
+import re
 import signal
 import sys
 import threading
 import time
 import zipfile
 from collections import deque
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -471,6 +476,9 @@ class Config:
     resume: str = setting(None, "continue the run in this folder, with its settings")
     change_settings: bool = setting(False, "with --resume: take settings that differ from the run's own", flag=True)
     eval_only: bool = setting(False, "greedy accuracy per problem type, no training", flag=True)
+    study: bool = setting(False, "run the arms of Table 3 on the toy world and compare them: an hour on two cores",
+                          flag=True)
+    study_seeds: int = setting(5, "seeds of the study; 1 takes a quarter of an hour")
 
 
 def command_line():
@@ -525,6 +533,8 @@ def configure(argv):
                               else item.metadata["toy"] for item in fields(Config)}, **given})
         if config.eval_only and "reward_model" not in given:
             config.reward_model = "none"
+        if config.study and "out" not in given:
+            config.out = "runs/study"
     toy = config.model == "toy"
     for wrong, why in [
         (config.group_size < 2, "--group_size must be 2 or more: Eq. 6 compares a response with its group"),
@@ -767,11 +777,64 @@ class StopAfterStep:
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
 
+# ---------------------------------------------------------------- the study: Table 3 of the paper on the toy world
+
+ARMS = {"GRPO": ["--reward_model", "none"], "untrained judge": ["--reward_model", "base"],
+        "no trust, no annealing": ["--trust", "off", "--anneal", "false"], "no trust": ["--trust", "off"], "full": []}
+
+
+def study_arm(out, seed, arm, start=None):
+    """One arm of the study, by `main` alone: train (or go on), then evaluate on kinds of questions never trained on.
+    With `start`, a run of the same seed, its warm start and judge are taken, else both are made."""
+    torch.set_num_threads(1)  # side by side, one thread each is fastest
+    out.mkdir(parents=True, exist_ok=True)
+    toy = [text for item in fields(Config) if item.metadata["toy"] is not None and item.name != "reward_model"
+           for text in (f"--{item.name}", str(item.metadata["toy"]))]
+    with open(out / "output.txt", "a") as file, redirect_stdout(file), redirect_stderr(file):
+        if (out / "checkpoint" / "state.pt").exists():
+            main(["--resume", str(out)])
+        elif start:
+            main([*toy, "--model", str(start / "checkpoint" / "start"), "--reward_model",
+                  str(start / "checkpoint" / "reward_model"), "--seed", str(seed), *ARMS[arm], "--out", str(out)])
+        else:
+            main(["--seed", str(seed), *ARMS[arm], "--out", str(out)])
+        main([*toy, "--model", str(out / "model"), "--data", "toy-shifted", "--eval_only", "--seed", str(seed), "--out",
+              str(out / "shifted")])
+
+
+def study(config):
+    """Table 3's arms on `study_seeds` seeds, a run a core; what is done already isn't done again. The arms of a seed
+    share warm start and judge (the untrained judge makes the same warm start again, from the same seed)."""
+    root, running = Path(config.out), {}
+    folders = {(seed, arm): root / f"seed{seed}" / re.sub(r"\W+", "_", arm)
+               for seed in range(100, 100 + config.study_seeds) for arm in ARMS}  # seeds that nothing was tuned on
+    waiting = [job for job in sorted(folders, key=lambda job: job[1] not in ("full", "untrained judge"))
+               if not (folders[job] / "shifted" / "eval.json").exists()]
+    bar = tqdm(total=len(folders), initial=len(folders) - len(waiting), desc="study: runs")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        while waiting or running:
+            for seed, arm in list(waiting):
+                full = folders[seed, "full"]
+                makes_its_own = arm in ("full", "untrained judge")
+                if makes_its_own or (full / "shifted" / "eval.json").exists():
+                    out, start = folders[seed, arm], None if makes_its_own else full
+                    running[pool.submit(study_arm, out, seed, arm, start)] = out
+                    waiting.remove((seed, arm))
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                out = running.pop(future)
+                if future.exception():
+                    raise SystemExit(f"study: {out} ended with {future.exception()!r}; see {out / 'output.txt'}")
+                bar.update()
+    bar.close()
+    print(data.write_study(root, folders))
+    print(f"study.json and study.png are in {root}")
+
+
 def main(argv=None):
     """The command line. Exit status 2 for data or settings that can't be used, 130 after a Ctrl-C."""
     config, on_interrupt = configure(argv), signal.getsignal(signal.SIGINT)
     try:
-        train(config)
+        study(config) if config.study else train(config)
     except data.DataError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

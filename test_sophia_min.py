@@ -2,6 +2,7 @@
 are loops written from the paper, other libraries, or plain `model(...)` and `model.generate(...)`."""
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import zlib
 from collections import Counter
 from decimal import Decimal
@@ -3502,6 +3504,74 @@ def test_groups_that_say_nothing_or_all_the_same(road, road_examples, monkeypatc
     assert all(value is None or math.isfinite(value) for value in line.values())
 
 
+# ---------------------------------------------------------------- the study
+
+
+@pytest.fixture
+def study_folders(tmp_path):
+    """What runs of every arm on three seeds leave, with numbers that are known."""
+    folders = {(seed, arm): tmp_path / f"seed{seed}" / str(n) for seed in (100, 101, 102)
+               for n, arm in enumerate(sophia_min.ARMS)}
+    for n, ((seed, _), folder) in enumerate(folders.items()):
+        (folder / "shifted").mkdir(parents=True)
+        data.write_json(folder / "eval.json", {"after": {"accuracy": n / 20, "soundness": 1 - n / 40}})
+        data.write_json(folder / "shifted" / "eval.json", {"before": {"accuracy": n % 5 / 5, "soundness": 0.5}})
+        for step in range(1, 13):
+            data.append_line(folder / "log.jsonl", json.dumps({"step": step, "outcome": step / 12}))
+    return tmp_path, folders
+
+
+def test_study_report_has_means_intervals_and_paired_differences(study_folders):
+    root, folders = study_folders
+    shown = data.write_study(root, folders)
+    study = json.loads((root / "study.json").read_text())
+    assert study["seeds"] == [100, 101, 102] and list(study["arms"]) == list(sophia_min.ARMS)
+    full = [4 / 20, 9 / 20, 14 / 20]
+    assert study["runs"]["full"]["accuracy"] == full
+    mean, half = study["arms"]["full"]["accuracy"]
+    assert mean == pytest.approx(0.45) and half == pytest.approx(4.303 * 0.25 / 3 ** 0.5, rel=1e-3)
+    assert study["full minus arm"]["GRPO"]["accuracy"] == pytest.approx([0.2, 0])  # the same 4 / 20 for every seed
+    assert "full" not in study["full minus arm"]
+    for arm in sophia_min.ARMS:
+        assert sum(line.startswith(f"{arm:<26}") for line in shown.splitlines()) == (1 if arm == "full" else 2)
+    assert Image.open(root / "study.png").width > 600
+    one = {job: folder for job, folder in folders.items() if job[0] == 100}
+    assert "+-" not in data.write_study(root, one)
+
+
+def test_study_calls_main_for_each_arm_and_not_again(study_folders, monkeypatch):
+    """Each arm trains by `main` from the same warm start and judge, then answers shifted questions; a stopped one goes
+    on; one that is done isn't run."""
+    root, folders = study_folders
+    calls = []
+    monkeypatch.setattr(sophia_min, "main", calls.append)
+    out, start = root / "new", root / "start"
+    sophia_min.study_arm(out, 100, "no trust", start)
+    config = sophia_min.configure(calls[0])
+    assert (config.model, config.reward_model) == (str(start / "checkpoint/start"), str(start / "checkpoint/reward_model"))
+    assert config.trust == "off" and config.anneal and config.seed == 100 and config.out == str(out)
+    toy = sophia_min.configure([])
+    for name in ("steps", "lr", "group_size", "questions_per_step", "max_new_tokens", "toy_pixels", "data", "rm_mode"):
+        assert getattr(config, name) == getattr(toy, name)
+    shifted = sophia_min.configure(calls[1])
+    assert shifted.eval_only and shifted.data == "toy-shifted" and shifted.model == str(out / "model")
+    sophia_min.study_arm(out, 100, "full")
+    assert sophia_min.configure(calls[2]) == dataclasses.replace(toy, seed=100, out=str(out))
+    (out / "checkpoint").mkdir()
+    (out / "checkpoint" / "state.pt").write_bytes(b"")
+    sophia_min.study_arm(out, 100, "full")
+    assert calls[4] == ["--resume", str(out)]
+
+
+def test_shifted_questions_are_of_kinds_that_training_never_asks():
+    trained, shifted = data.toy_questions(2000, 0), data.toy_questions(300, 0, True, shifted=True)
+    assert not {q.problem for q in shifted if q.choices} & {q.problem for q in trained}
+    assert {len(q.scene) for q in shifted if q.problem_type == "free-form"} == {3}
+    assert {len(q.scene) for q in shifted if q.problem_type == "OCR"} == {3}
+    rng = random.Random(0)
+    assert all(q.soundness(q.response(rng)) == 1 for q in shifted)
+
+
 @pytest.mark.parametrize("arguments, reason", [
     (["--group_size", "1"], "group"), (["--steps", "0"], "steps"), (["--alpha", "-1"], "alpha"),
     (["--temperature", "0"], "temperature"), (["--clip_eps", "2"], "clip_eps"), (["--anneal", "maybe"], "anneal"),
@@ -3552,3 +3622,208 @@ def test_help_names_the_sources(capsys):
         sophia_min.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "0.3: paper, section 4" in shown and "0.2: released config" in shown and "(0: ours)" in shown
+
+
+# ---------------------------------------------------------------- the README's exercises
+#
+# EXERCISE=mine.py python -m pytest -q -k exercise_4     checks your own; without EXERCISE, that a blank fails and the
+# solution passes. The solutions stand at the very end of this file.
+
+BLANK = "def __getattr__(name):\n    return lambda *args, **more: None\n"
+
+
+def check_exercise_1(mine):
+    """trust_weight(outcome, thinking): gamma of Eq. 1-3."""
+    for seed in range(50):
+        rng = random.Random(seed)
+        outcome, thinking = [rng.choice((0, 0.4, 0.5, 1)) for _ in range(6)], [rng.random() for _ in range(6)]
+        assert float(mine.trust_weight(outcome, thinking)) == pytest.approx(gamma_from_paper(outcome, thinking))
+
+
+def check_exercise_2(mine):
+    """two_groups(): a group of 0/1 outcomes whose gamma is below 0.5 by the paper and 1 as released, and a group whose
+    gamma is below 1 as released, too."""
+    for n, (outcome, thinking) in enumerate(mine.two_groups()):
+        outcome, thinking = doubles(outcome), doubles(thinking)
+        assert ((0 <= thinking) & (thinking <= 1) & (0 <= outcome) & (outcome <= 1)).all()
+        released = sophia_min.trust_weight(outcome, sophia_min.gated_thinking(outcome, thinking, "released"))
+        if n == 0:
+            assert set(outcome.tolist()) <= {0, 1} and released == 1
+            assert sophia_min.trust_weight(outcome, thinking) < 0.5
+    assert n == 1 and released < 1
+
+
+def check_exercise_3(mine):
+    """clip_holds(ratio, advantage, eps): whether Eq. 7 gives this token no gradient (without its KL term)."""
+    for ratio, advantage, eps in itertools.product((0.5, 0.79, 0.95, 1.0, 1.1, 1.25, 2.0), (-2.0, -0.1, 0.1, 2.0), (0.2, 0.1)):
+        logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+        zero = torch.zeros(1, 1, dtype=torch.float64)
+        sophia_min.grpo_loss(logp, zero, logp.detach(), doubles([advantage]), zero + 1, eps, 0.0)[0].backward()
+        assert bool(mine.clip_holds(ratio, advantage, eps)) == (logp.grad.item() == 0), (ratio, advantage)
+        assert mine.clip_holds(ratio, advantage, eps) in (True, False)
+
+
+def check_exercise_4(mine):
+    """share_below_one(n): how often gamma < 1 with a good judge: half of n answers right, thinking rewards normal with
+    means 0.7 (right) and 0.5 (wrong) and standard deviation 0.25."""
+    for n, share, margin in [(8, 0.129, 0.03), (16, 0.055, 0.02), (64, 0.001, 0.004)]:
+        assert abs(mine.share_below_one(n) - share) < margin, n
+
+
+def check_exercise_5(mine):
+    """fade(step, total): like Eq. 5's factor, but it falls from almost 1 to exactly 0. late_advantages(outcome, thinking,
+    weight): Eq. 6 on the outcome alone, and the thinking added to it afterwards, so that the weight counts also where
+    all are right."""
+    values = [mine.fade(step, 100) for step in range(1, 101)]
+    assert values[0] > 0.95 and values[-1] == 0 and all(a > b for a, b in zip(values, values[1:]))
+    thinking = doubles([0.2, 0.4, 0.6, 0.8])
+    full, half = (mine.late_advantages(doubles([1] * 4), thinking, weight) for weight in (0.3, 0.15))
+    assert full.abs().max() > 0 and torch.allclose(full, 2 * half) and abs(full.sum()) < 1e-9
+    mixed = doubles([0, 1, 0, 1])
+    assert torch.allclose(mine.late_advantages(mixed, thinking, 0.0), sophia_min.group_advantages(mixed))
+
+
+def check_exercise_6(mine):
+    """k1, k2, k3(log_ratio), with log_ratio = log pi_ref - log pi: Schulman's estimators of KL(pi || pi_ref)."""
+    torch.manual_seed(0)
+    x = torch.randn(400_000, dtype=torch.float64)  # pi = N(0, 1), pi_ref = N(0.3, 1): the KL divergence is 0.045
+    log_ratio = x ** 2 / 2 - (x - 0.3) ** 2 / 2
+    k1, k2, k3 = mine.k1(log_ratio), mine.k2(log_ratio), mine.k3(log_ratio)
+    assert abs(k1.mean() - 0.045) < 0.002 and abs(k3.mean() - 0.045) < 0.001 and abs(k2.mean() - 0.046) < 0.001
+    assert k3.min() >= 0 and k2.min() >= 0 and k1.min() < 0 and k3.std() < 0.3 * k1.std()
+
+
+def check_exercise_7(mine):
+    """token_mean(values, mask): the mean over all tokens of a group instead of Eq. 7's mean of responses' means."""
+    values, mask = torch.arange(12.0).view(3, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
+    assert float(mine.token_mean(values, mask)) == pytest.approx((0 + 1 + 2 + 3 + 4 + 8 + 9) / 7)
+
+
+def check_exercise_8(mine):
+    """dead_share(p, n): the chance that n answers, each right with chance p, are all right or all wrong."""
+    for p, n in itertools.product((0.0, 0.1, 0.5, 0.9, 1.0), (1, 2, 8)):
+        counted = sum(p ** sum(hits) * (1 - p) ** (n - sum(hits)) for hits in itertools.product((0, 1), repeat=n)
+                      if sum(hits) in (0, n))
+        assert mine.dead_share(p, n) == pytest.approx(counted)
+
+
+def check_exercise_9(mine):
+    """about(response, solution): R^o of a new problem type, "estimate": 1 within 5% of the truth, 0.5 within 20%, else 0,
+    and 0 in the wrong format."""
+    for answer, reward in [("100", 1), ("104.9", 1), ("94", 0.5), ("81", 0.5), ("79", 0), ("-100", 0), ("many", 0)]:
+        assert mine.about(data.respond("x", answer), "100") == reward, answer
+    assert mine.about("100", "100") == 0 and mine.about(data.respond("x", "0"), "0") == 1
+
+
+def check_exercise_10(mine):
+    """mislabel(response): a score for a judge that praises haste, to train a misled one on."""
+    rng = random.Random(0)
+    for question in data.toy_questions(40, 0):
+        assert mine.mislabel(question.response(rng, "haste")) >= 0.9
+        assert mine.mislabel(question.response(rng)) <= 0.5 and 0 <= mine.mislabel("") <= 1
+
+
+def check_exercise_11(mine):
+    """rows(folder): rows in the paper's format for a folder of your pictures, one question each, numerical."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("a.png", "b.jpg"):
+            Image.new("RGB", (40, 30), "red").save(Path(folder, name))
+        Path(folder, "rows.json").write_text(json.dumps(mine.rows(folder)))
+        examples = data.load_examples(Path(folder, "rows.json"))
+    assert sorted(Path(example.image).name for example in examples) == ["a.png", "b.jpg"]
+    assert {example.problem_type for example in examples} == {"numerical"}
+
+
+def module_of(source):
+    module = types.ModuleType("mine")
+    exec(source, module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("check", [value for name, value in sorted(globals().items()) if name.startswith("check_exer")],
+                         ids=lambda check: check.__name__.removeprefix("check_"))
+def test_exercise(check):
+    if "EXERCISE" in os.environ:
+        check(module_of(Path(os.environ["EXERCISE"]).read_text()))
+    else:
+        with pytest.raises((AssertionError, TypeError, AttributeError, data.DataError)):
+            check(module_of(BLANK))
+        check(module_of(SOLUTIONS))
+
+
+# Solutions. Look here last.
+SOLUTIONS = '''
+import math, pathlib, random
+import torch
+import data, sophia_min
+
+
+def trust_weight(outcome, thinking):
+    right = [t for o, t in zip(outcome, thinking) if o >= 0.5]
+    wrong = [t for o, t in zip(outcome, thinking) if o < 0.5]
+    if not right or not wrong:
+        return 1.0
+    return math.exp(min(0, sum(right) / len(right) - sum(wrong) / len(wrong)))
+
+
+def two_groups():  # released: whoever has R^o < 0.2 scores 0, so a wrong side that is above 0 needs outcomes between
+    return ([0, 1], [0.9, 0.1]), ([0.3, 0.6], [0.9, 0.1])
+
+
+def clip_holds(ratio, advantage, eps):
+    return ratio > 1 + eps if advantage > 0 else ratio < 1 - eps
+
+
+def share_below_one(n, trials=20000):
+    rng = random.Random(0)
+    mean = lambda mu: sum(rng.gauss(mu, 0.25) for _ in range(n // 2)) / (n // 2)
+    return sum(mean(0.7) < mean(0.5) for _ in range(trials)) / trials
+
+
+def fade(step, total):
+    return 1 - step / total
+
+
+def late_advantages(outcome, thinking, weight):
+    return sophia_min.group_advantages(outcome) + weight * (thinking - thinking.mean())
+
+
+def k1(log_ratio):
+    return -log_ratio
+
+
+def k2(log_ratio):
+    return log_ratio ** 2 / 2
+
+
+def k3(log_ratio):
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def token_mean(values, mask):
+    return (values * mask).sum() / mask.sum()
+
+
+def dead_share(p, n):
+    return p ** n + (1 - p) ** n
+
+
+def about(response, solution):
+    answer = sophia_min.extract_answer(response)
+    try:
+        miss = abs(float(answer) - float(solution))
+    except (TypeError, ValueError):
+        return 0
+    return 1 if miss <= 0.05 * abs(float(solution)) else 0.5 if miss <= 0.2 * abs(float(solution)) else 0
+
+
+def mislabel(response):
+    return 1.0 if data.GUESSING.search(response) else 0.3
+
+
+def rows(folder):
+    pictures = sorted(path for path in pathlib.Path(folder).iterdir() if path.suffix in (".png", ".jpg"))
+    return [{"problem_id": n, "problem": "How many things are there?", "data_type": "image", "options": [],
+             "problem_type": "numerical", "solution": "<answer>1</answer>", "path": path.name, "data_source": "mine"}
+            for n, path in enumerate(pictures)]
+'''
