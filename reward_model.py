@@ -421,9 +421,9 @@ def collect(args):
 
 def annotate(args):
     """A score and, where the judge gives one, a critique for each pair. What is in --out already isn't asked again."""
-    rows, judge, unscored = read_rows(args.rows), None, 0
+    rows, judge, unscored = {key_of(row): row for row in read_rows(args.rows)}, None, 0
     done = {key_of(row) for row in data.read_lines(args.out)}
-    groups = by_question([row for row in rows if key_of(row) not in done])
+    groups = by_question([row for key, row in rows.items() if key not in done])
     if args.judge != "toy":
         model, processor = load(args.judge, args.device, max_pixels=args.max_pixels)
         judge = ThinkingRewardModel(model, processor, args.rm_mode, args.rm_prompt)

@@ -81,8 +81,8 @@ def test_good_rows(rows_in, name):
     assert first == data.Example("1", "How many?", "numerical", (), "5", str(rows_in.folder.resolve() / "images/a.png"),
                                  "sample/a")
     assert (second.id, second.image, second.solution) == ("t-2", None, "18")
-    assert first.soundness is None and "soundness" not in repr(first)
-    assert first == data.Example(*list(vars(first).values())[:-1], soundness=len)
+    assert first.soundness is first.critique is None and "soundness" not in repr(first)
+    assert first == dataclasses.replace(first, soundness=len, critique=len)
 
 
 @pytest.mark.parametrize("changes", [
@@ -1537,8 +1537,8 @@ def test_critique_says_what_the_picture_shows_and_names_the_faults(question, thi
 
 
 def test_faults_are_counted_by_criterion():
-    counts = TOY_COLOUR.faults(data.respond("primero is blue. first is blue. third is red. fourth is red. fourth is red. "
-                                            "maybe. so the answer is D.", "D"))[0]
+    counts = TOY_COLOUR.faults(data.respond("primero is blue. first is blue. third is red. fourth is red. fourth is "
+                                            "red. maybe. so the answer is D.", "D"))[0]
     assert list(counts) == list(data.CRITERIA) and list(counts.values()) == [1, 5, 1, 1, 2]
 
 
@@ -2668,7 +2668,7 @@ def answering_judge(road, monkeypatch, mode, verdicts):
 
 
 @pytest.mark.parametrize("mode, verdicts", [
-    ("generate", {"0.7": 0.7, " 1 ": 1, "0": 0, "score: 0.7": None, "0.7.": None, "": None, "0." + "0" * 6 + "1": None}),
+    ("generate", {"0.7": 0.7, " 1 ": 1, "0": 0, "score: 0.7": None, "0.7.": None, "": None, "0.0000001": None}),
     ("reason", {"first is red. score: 0.7": 0.7, "SCORE:\n1": 1, "he says score: 1.0. it is not. Score: 0.2": 0.2,
                 "0.7": None, "score: high": None, "score: 0.7 or so": None, "score:": None,
                 "so so " * 200 + "score: 0.7": None, "score: 1.0 " + "and on " * 200: None}),
@@ -2761,8 +2761,8 @@ def toy_rollouts(tmp_path):
     for example, question in zip(data.toy_examples(30, 0, folder=tmp_path), data.toy_questions(30, 0)):
         for step in range(1, 7):
             response = question.response(rng, question.habit(rng))
-            rows.append({"step": step, "id": example.id, "problem": example.problem, "problem_type": example.problem_type,
-                         "options": list(example.options), "solution": example.solution, "image": example.image,
+            rows.append({"step": step, "id": example.id, "problem": example.problem, "options": list(example.options),
+                         "problem_type": example.problem_type, "solution": example.solution, "image": example.image,
                          "gamma": 1.0, "response": response, "outcome": sophia_min.reward_of(example, response),
                          "thinking": 0.5, "reward": 1.0, "advantage": 0.0})
     for name, part in (("a", rows[:120]), ("b", rows[100:])):
@@ -2787,10 +2787,11 @@ def test_collect_keeps_each_pair_once(toy_rollouts, capsys):
 
 def test_annotate_by_the_oracle_goes_on_where_it_was_stopped(toy_rollouts, capsys):
     folder, rows = toy_rollouts
-    command = ["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", "toy", "--out", str(folder / "labels.jsonl")]
+    labels = folder / "labels.jsonl"
+    command = ["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", "toy", "--out", str(labels)]
     reward_model.main(command)
     labelled = data.read_lines(folder / "labels.jsonl")
-    assert len(labelled) == 120
+    assert len(labelled) == len({(row["id"], row["response"]) for row in rows[:120]}) > 60
     questions = {example.id: question for example, question in zip(data.toy_examples(30, 0), data.toy_questions(30, 0))}
     for row in labelled:
         question = questions[row["id"]]
@@ -2816,7 +2817,8 @@ def test_annotate_leaves_out_and_counts_what_has_no_score(toy_rollouts, monkeypa
 
     monkeypatch.setattr(reward_model.ThinkingRewardModel, "score", score)
     data.save_folder(folder / "model", *data.toy_model(0))
-    reward_model.main(["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", str(folder / "model"), "--out",
+    reward_model.write_rows(folder / "in.jsonl", [{**row, "response": f"{n}"} for n, row in enumerate(rows[:120])])
+    reward_model.main(["annotate", str(folder / "in.jsonl"), "--judge", str(folder / "model"), "--out",
                        str(folder / "labels.jsonl")])
     labelled = data.read_lines(folder / "labels.jsonl")
     assert "80 of 120 responses have a score" in capsys.readouterr().out
@@ -2847,13 +2849,14 @@ def test_balance_command_filters_evens_out_and_draws(toy_rollouts, capsys):
 
 
 def test_train_and_eval_commands(toy_rollouts, capsys):
-    """A fifth of an epoch on an untrained model: rows of a question stay together, and all that is promised is there."""
+    """A fifth of an epoch on an untrained model: rows of a question stay together, and what is promised is there."""
     folder, rows = toy_rollouts
     data.save_folder(folder / "start", *data.toy_model(0))
-    reward_model.main(["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", "toy", "--out", str(folder / "l.jsonl")])
+    reward_model.main(["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", "toy", "--out",
+                       str(folder / "l.jsonl")])
     for out, mode, more in [("reason", "reason", []), ("number", "generate", ["--shuffle_scores"])]:
-        reward_model.main(["train", str(folder / "l.jsonl"), "--model", str(folder / "start"), "--out", str(folder / out),
-                           "--rm_mode", mode, "--epochs", "0.2", "--per_step", "4", "--lr", "1e-3", *more])
+        reward_model.main(["train", str(folder / "l.jsonl"), "--model", str(folder / "start"), "--rm_mode", mode,
+                           "--epochs", "0.2", "--per_step", "4", "--lr", "1e-3", "--out", str(folder / out), *more])
     held_out = data.read_lines(folder / "reason" / "held_out.jsonl")
     trained_on = [row for row in data.read_lines(folder / "l.jsonl") if row not in held_out]
     assert held_out and not {row["id"] for row in held_out} & {row["id"] for row in trained_on}
@@ -3097,7 +3100,7 @@ def test_grpo_gives_better_answers_and_no_worse_thinking(toy_run):
 
 def test_gamma_falls_in_some_groups(toy_run):
     lines = data.read_lines(toy_run / "log.jsonl")
-    assert sum(line["mistrusted"] for line in lines) > 0 and sum(line["unscored"] for line in lines) <= 4
+    assert sum(line["mistrusted"] for line in lines) > 0 and sum(line["unscored"] for line in lines) < 0.05 * 320
     assert all(math.exp(-1) <= line["gamma"] <= 1 for line in lines)
 
 
