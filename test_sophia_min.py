@@ -3231,7 +3231,8 @@ def test_10_and_15_steps_are_25_steps_bit_for_bit(toy_run, real_rows, tmp_path):
     small_run(toy_run, tmp_path / "whole", real_rows, "--steps", "25")
     script = tmp_path / "killed.py"
     script.write_text(f"import os, sys\nsys.path.insert(0, {str(Path(sophia_min.__file__).parent)!r})\n"
-                      "import sophia_min, torch\ntorch.set_num_threads(int(sys.argv[1]))\nstep = sophia_min.train_step\n"
+                      "import sophia_min, torch\ntorch.set_num_threads(int(sys.argv[1]))\n"
+                      "step = sophia_min.train_step\n"
                       "def train_step(number, *more):\n"
                       "    result = step(number, *more)\n"
                       "    return result if number < 13 or len(sys.argv) == 4 else os.kill(os.getpid(), 9)\n"
@@ -3239,10 +3240,10 @@ def test_10_and_15_steps_are_25_steps_bit_for_bit(toy_run, real_rows, tmp_path):
                       "sophia_min.main(sys.argv[2:])\n")
     threads, out = str(torch.get_num_threads()), tmp_path / "parts"
     command = [sys.executable, str(script), threads]
-    killed = subprocess.run([*command, "--model", str(toy_run / "model"), "--reward_model", "none", "--group_size", "3",
-                             "--micro_batch", "6", "--lr", "1e-4", "--data", str(real_rows), "--questions_per_step", "1",
-                             "--max_new_tokens", "6", "--max_pixels", "3136", "--steps", "25", "--save_every", "10",
-                             "--out", str(out)], capture_output=True)
+    killed = subprocess.run([*command, "--model", str(toy_run / "model"), "--reward_model", "none", "--group_size",
+                             "3", "--micro_batch", "6", "--lr", "1e-4", "--data", str(real_rows),
+                             "--questions_per_step", "1", "--max_new_tokens", "6", "--max_pixels", "3136", "--steps",
+                             "25", "--save_every", "10", "--out", str(out)], capture_output=True)
     assert killed.returncode == -9 and data.read_lines(out / "log.jsonl")[-1]["step"] == 12
     resumed = subprocess.run([*command, "--resume", str(out)], capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr[-2000:]
@@ -3551,7 +3552,8 @@ def test_study_calls_main_for_each_arm_and_not_again(study_folders, monkeypatch)
     out, start = root / "new", root / "start"
     sophia_min.study_arm(out, 100, "no trust", start)
     config = sophia_min.configure(calls[0])
-    assert (config.model, config.reward_model) == (str(start / "checkpoint/start"), str(start / "checkpoint/reward_model"))
+    assert config.model == str(start / "checkpoint/start")
+    assert config.reward_model == str(start / "checkpoint/reward_model")
     assert config.trust == "off" and config.anneal and config.seed == 100 and config.out == str(out)
     toy = sophia_min.configure([])
     for name in ("steps", "lr", "group_size", "questions_per_step", "max_new_tokens", "toy_pixels", "data", "rm_mode"):
@@ -3658,7 +3660,8 @@ def check_exercise_2(mine):
 
 def check_exercise_3(mine):
     """clip_holds(ratio, advantage, eps): whether Eq. 7 gives this token no gradient (without its KL term)."""
-    for ratio, advantage, eps in itertools.product((0.5, 0.79, 0.95, 1.0, 1.1, 1.25, 2.0), (-2.0, -0.1, 0.1, 2.0), (0.2, 0.1)):
+    ratios = (0.5, 0.79, 0.95, 1.0, 1.1, 1.25, 2.0)
+    for ratio, advantage, eps in itertools.product(ratios, (-2.0, -0.1, 0.1, 2.0), (0.2, 0.1)):
         logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
         zero = torch.zeros(1, 1, dtype=torch.float64)
         sophia_min.grpo_loss(logp, zero, logp.detach(), doubles([advantage]), zero + 1, eps, 0.0)[0].backward()
@@ -3674,9 +3677,9 @@ def check_exercise_4(mine):
 
 
 def check_exercise_5(mine):
-    """fade(step, total): like Eq. 5's factor, but it falls from almost 1 to exactly 0. late_advantages(outcome, thinking,
-    weight): Eq. 6 on the outcome alone, and the thinking added to it afterwards, so that the weight counts also where
-    all are right."""
+    """fade(step, total): like Eq. 5's factor, but it falls from almost 1 to exactly 0. late_advantages(outcome,
+    thinking, weight): Eq. 6 on the outcome alone, and the thinking added to it afterwards, so that the weight counts
+    also where all are right."""
     values = [mine.fade(step, 100) for step in range(1, 101)]
     assert values[0] > 0.95 and values[-1] == 0 and all(a > b for a, b in zip(values, values[1:]))
     thinking = doubles([0.2, 0.4, 0.6, 0.8])
@@ -3711,8 +3714,8 @@ def check_exercise_8(mine):
 
 
 def check_exercise_9(mine):
-    """about(response, solution): R^o of a new problem type, "estimate": 1 within 5% of the truth, 0.5 within 20%, else 0,
-    and 0 in the wrong format."""
+    """about(response, solution): R^o of a new problem type, "estimate": 1 within 5% of the truth, 0.5 within 20%, else
+    0, and 0 in the wrong format."""
     for answer, reward in [("100", 1), ("104.9", 1), ("94", 0.5), ("81", 0.5), ("79", 0), ("-100", 0), ("many", 0)]:
         assert mine.about(data.respond("x", answer), "100") == reward, answer
     assert mine.about("100", "100") == 0 and mine.about(data.respond("x", "0"), "0") == 1
