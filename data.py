@@ -638,7 +638,7 @@ ENGLISH = {spanish: english for english, spanish in SPANISH.items()}
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4} | {str(n): n for n in range(10)}
 GUESSING = re.compile(r"\b(guess\w*|usually|probably|perhaps|maybe|assum\w*|habit|no need to look)\b", re.I)
 SOUND = 0.7  # thinking that scores less has a flaw of fact, of logic or of support, not of style alone
-HASTE = {True: 0.8, False: 0.1, None: 0.3}  # share of guesses in the warm start, by `inviting`
+HASTE = {"numerical": (0.1, 0.8), "free-form": (0.4, 0.9), "multiple choice": (0.3, 0.3), "OCR": (0.3, 0.3)}
 FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lucky": wrong thinking, correct answer
 
 
@@ -722,15 +722,16 @@ class ToyQuestion:
 
     def habit(self, rng):
         """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking. Haste comes
-        with what a glance shows, so that the likeliest answer is hasty for some pictures, sound for others."""
-        if rng.random() < HASTE[self.inviting()]:
+        more often (HASTE) with what a glance shows, many shapes to count or a loud colour first, so that the likeliest
+        answer is hasty for some pictures and sound for others."""
+        if rng.random() < self.haste():
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
 
-    def inviting(self):
-        """Whether the picture invites haste (many shapes; a loud colour first); None where that makes no difference."""
-        return {"numerical": len(self.scene) > 2, "free-form": self.scene[0][0] in ("red", "blue")}.get(
-            self.problem_type)
+    def haste(self):
+        """The share of guesses in the warm start's answers to this question."""
+        return HASTE[self.problem_type][len(self.scene) > 2 if self.problem_type == "numerical" else
+                                        self.scene[0][0] in ("red", "blue")]
 
     def response(self, rng, flaw=None):
         """A response in the warm start's words: sound, or with the flaw."""

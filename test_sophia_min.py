@@ -1,7 +1,9 @@
 """What must hold, by the sections of the paper; then the road, against the plain computation; then whole runs. Oracles
 are loops written from the paper, other libraries, or plain `model(...)` and `model.generate(...)`."""
 import copy
+import ctypes
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -1575,7 +1577,7 @@ def test_the_warm_start_teaches_sound_and_flawed_thinking(held_out):
     rng, questions = random.Random(0), data.toy_questions(600, 3, held_out)
     seen, haste = {kind: Counter() for kind in data.PROBLEM_TYPES[:4]}, Counter()
     for question in questions:
-        haste[question.problem_type] += data.HASTE[question.inviting()]
+        haste[question.problem_type] += question.haste()
         sound = question.response(rng)
         assert question.soundness(sound) == 1
         assert sophia_min.outcome_reward(sound, question.answer(), question.problem_type, list(question.choices)) == 1
@@ -3627,6 +3629,163 @@ def test_help_names_the_sources(capsys):
         sophia_min.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "0.3: paper, section 4" in shown and "0.2: released config" in shown and "(0: ours)" in shown
+
+
+# ---------------------------------------------------------------- the benchmark: pip install trl; pytest -m bench -s
+
+# side of the picture in pixels, forced response tokens, steps, goals: TRL's seconds and memory over ours
+BENCH = {"prompt-heavy": (840, 64, 3, 6.0, 3.0), "response-heavy": (112, 256, 4, 1.15, 1.0)}
+
+
+def bench_model(folder):
+    """A Qwen2.5-VL of 4.6 million parameters with the toy's tokenizer, saved in `folder`."""
+    toy, processor = data.toy_model(0)
+    config = toy.config.to_dict()
+    config["text_config"] |= dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8)
+    config["vision_config"] |= dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=256)
+    del config["text_config"]["layer_types"]
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config)).eval()
+    model.generation_config = toy.generation_config
+    data.save_folder(folder, model, processor)
+    return processor
+
+
+def trl_trainer(folder, processor, example, tokens, steps, between):
+    """TRL's GRPOTrainer on one question, its prompt tokens ours; between(seconds) is called after each of its steps."""
+    import datasets
+    import trl
+    from transformers import BatchFeature, ProcessorMixin, TrainerCallback
+
+    prompt = processor.question(example)
+    ids = prompt.ids + prompt.tail
+    is_image = (torch.tensor([ids]) == processor.image_token).int()
+
+    class Ready(ProcessorMixin):  # hands out the prompt that is made already: no time of TRL's goes into pictures
+        def __init__(self):
+            self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+            self.chat_template = processor.tokenizer.chat_template
+
+        def __call__(self, text=None, **_):
+            n = len(text)
+            return BatchFeature({
+                "input_ids": torch.tensor([ids] * n), "attention_mask": torch.ones(n, len(ids)).long(),
+                "mm_token_type_ids": is_image.repeat(n, 1), "pixel_values": prompt.pixel_values.repeat(n, 1),
+                "image_grid_thw": prompt.grid.repeat(n, 1)})
+
+        def apply_chat_template(self, conversation, tokenize=False, **_):
+            if not tokenize:
+                return "prompt"
+            batch = self(conversation)
+            of_tokens = ("input_ids", "attention_mask", "mm_token_type_ids")
+            return {name: value.tolist() if name in of_tokens else value for name, value in batch.items()}
+
+        def save_pretrained(self, *_, **__):
+            pass
+
+    class Alternate(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            between(time.perf_counter() - self.start)
+
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    rows = [{"prompt": [{"role": "user", "content": "x"}], "image": Image.new("RGB", (28, 28))}] * 64
+    arguments = trl.GRPOConfig(
+        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=8,
+        gradient_accumulation_steps=1, gradient_checkpointing=False, max_completion_length=tokens, beta=0.04,
+        loss_type="grpo", use_bias_correction_kl=False, temperature=1.0, top_p=1.0, top_k=0, learning_rate=1e-6,
+        max_grad_norm=4.0, max_steps=steps, report_to="none", save_strategy="no", logging_steps=1000, disable_tqdm=True,
+        model_init_kwargs=None, generation_kwargs={
+            "min_new_tokens": tokens, "suppress_tokens": sophia_min.vision_ids(model).tolist()})
+
+    def rewards(completions, **_):
+        return [n % 3 / 2 for n in range(len(completions))]
+
+    return trl.GRPOTrainer(model=model, reward_funcs=rewards, args=arguments, callbacks=[Alternate()],
+                           train_dataset=datasets.Dataset.from_list(rows), processing_class=Ready())
+
+
+def peak_memory(step):
+    """GB that a step needs at its peak above what is held before it (Linux)."""
+    def resident(name):
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines()
+                    if line.startswith(name)) / 2 ** 20
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # starts the high-water mark anew
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
+
+
+@pytest.mark.bench
+@pytest.mark.parametrize("shape", BENCH)
+def test_faster_than_trl(tmp_path, shape, monkeypatch):
+    """Seconds a step and peak memory against TRL's GRPOTrainer, steps in turn: same weights, prompt tokens and number
+    of response tokens, eight responses, KL 0.04, one thread. First, on the same responses, the same gradients."""
+    side, tokens, steps, faster, smaller = BENCH[shape]
+    processor = bench_model(tmp_path / "model")
+    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.png")
+    example = data.Example("x", "How many?", "numerical", (), "2", str(tmp_path / "x.png"), "bench")
+    config = dataclasses.replace(road_config(), group_size=8, questions_per_step=1, micro_batch=8, lr=1e-6, kl_coef=0.04,
+                                 max_new_tokens=tokens, min_new_tokens=tokens, reward_model="none", device="cpu")
+    policy = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    reference, optimizer = copy.deepcopy(policy).requires_grad_(False), sophia_min.Optimizer(policy, config.lr)
+    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
+    seconds = {"ours": [], "TRL": []}
+
+    def ours():
+        start = time.perf_counter()
+        line, _ = sophia_min.train_step(1, policy, reference, None, optimizer, processor, [example], config)
+        seconds["ours"].append(time.perf_counter() - start)
+        assert line["length"] == tokens and not line["zero_groups"]
+
+    def between(trl_seconds):
+        seconds["TRL"].append(trl_seconds)
+        ours()
+
+    trainer = trl_trainer(tmp_path / "model", processor, example, tokens, steps, between)
+    trainable = [{name: weight.shape for name, weight in model.named_parameters() if weight.requires_grad}
+                 for model in (policy, trainer.model)]
+    assert trainable[0] == trainable[1]
+
+    # the same gradients on the responses that TRL has sampled
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._prepare_inputs([trainer.train_dataset[0]] * 8)
+    trainer._compute_loss(trainer.model, inputs).backward()
+    theirs = {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.grad is not None}
+    trainer.model.zero_grad()
+    trainer._step = 0
+    prompts = [processor.question(example)]
+    assert inputs["prompt_ids"][0].tolist() == prompts[0].ids + prompts[0].tail
+    assert inputs["completion_ids"].shape == (8, tokens)
+    batch = sophia_min.Rollout([example], prompts, torch.zeros(8, dtype=torch.long), inputs["completion_ids"],
+                               inputs["completion_mask"], [""] * 8, 0)
+    kept = GradientsOnly(policy)
+    free = dataclasses.replace(config, min_new_tokens=0)
+    with monkeypatch.context() as patch:  # TRL masks no ids in its log-probabilities
+        patch.setattr(sophia_min, "vision_ids", lambda model: torch.tensor([], dtype=torch.long))
+        sophia_min.update(policy, reference, kept, batch, inputs["advantages"], free)
+    gap = relative_error(kept.kept[0], theirs)
+    print(f"\\n{shape}: {len(prompts[0].ids) + 1} prompt and 8 x {tokens} response tokens, gradients equal to {gap:.1g}")
+    assert gap < 1e-5
+
+    memory = {}
+    rows = [trainer.train_dataset[0]] * 8
+    for name, step in (("ours", ours), ("TRL", lambda: trainer.training_step(trainer.model, rows, None))):
+        memory[name] = peak_memory(step)
+    seconds["ours"].clear()
+    trainer.train()
+    median = {name: sorted(values[1:])[len(values[1:]) // 2] for name, values in seconds.items()}
+    for name in ("TRL", "ours"):
+        print(f"  {name:<5} {median[name]:6.2f} s a step, {memory[name]:5.2f} GB above the start of the step")
+    print(f"  ratios: {median['TRL'] / median['ours']:.2f} x faster, {memory['TRL'] / memory['ours']:.2f} x less memory")
+    assert median["TRL"] > faster * median["ours"] and memory["TRL"] > smaller * memory["ours"]
 
 
 # ---------------------------------------------------------------- the README's exercises
