@@ -3791,13 +3791,13 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
 
 # ---------------------------------------------------------------- the README's exercises
 #
-# EXERCISE=mine.py python -m pytest -q -k exercise_4     checks your own; without EXERCISE, that a blank fails and the
+# EXERCISE=mine.py python -m pytest -q -k exercise_04     checks your own; without EXERCISE, that a blank fails and the
 # solution passes. The solutions stand at the very end of this file.
 
 BLANK = "def __getattr__(name):\n    return lambda *args, **more: None\n"
 
 
-def check_exercise_1(mine):
+def check_exercise_01(mine):
     """trust_weight(outcome, thinking): gamma of Eq. 1-3."""
     for seed in range(50):
         rng = random.Random(seed)
@@ -3805,7 +3805,7 @@ def check_exercise_1(mine):
         assert float(mine.trust_weight(outcome, thinking)) == pytest.approx(gamma_from_paper(outcome, thinking))
 
 
-def check_exercise_2(mine):
+def check_exercise_02(mine):
     """two_groups(): a group of 0/1 outcomes whose gamma is below 0.5 by the paper and 1 as released, and a group whose
     gamma is below 1 as released, too."""
     for n, (outcome, thinking) in enumerate(mine.two_groups()):
@@ -3818,7 +3818,7 @@ def check_exercise_2(mine):
     assert n == 1 and released < 1
 
 
-def check_exercise_3(mine):
+def check_exercise_03(mine):
     """clip_holds(ratio, advantage, eps): whether Eq. 7 gives this token no gradient (without its KL term)."""
     ratios = (0.5, 0.79, 0.95, 1.0, 1.1, 1.25, 2.0)
     for ratio, advantage, eps in itertools.product(ratios, (-2.0, -0.1, 0.1, 2.0), (0.2, 0.1)):
@@ -3829,14 +3829,14 @@ def check_exercise_3(mine):
         assert mine.clip_holds(ratio, advantage, eps) in (True, False)
 
 
-def check_exercise_4(mine):
+def check_exercise_04(mine):
     """share_below_one(n): how often gamma < 1 with a good judge: half of n answers right, thinking rewards normal with
     means 0.7 (right) and 0.5 (wrong) and standard deviation 0.25."""
     for n, share, margin in [(8, 0.129, 0.03), (16, 0.055, 0.02), (64, 0.001, 0.004)]:
         assert abs(mine.share_below_one(n) - share) < margin, n
 
 
-def check_exercise_5(mine):
+def check_exercise_05(mine):
     """fade(step, total): like Eq. 5's factor, but it falls from almost 1 to exactly 0. late_advantages(outcome,
     thinking, weight): Eq. 6 on the outcome alone, and the thinking added to it afterwards, so that the weight counts
     also where all are right."""
@@ -3849,7 +3849,7 @@ def check_exercise_5(mine):
     assert torch.allclose(mine.late_advantages(mixed, thinking, 0.0), sophia_min.group_advantages(mixed))
 
 
-def check_exercise_6(mine):
+def check_exercise_06(mine):
     """k1, k2, k3(log_ratio), with log_ratio = log pi_ref - log pi: Schulman's estimators of KL(pi || pi_ref)."""
     torch.manual_seed(0)
     x = torch.randn(400_000, dtype=torch.float64)  # pi = N(0, 1), pi_ref = N(0.3, 1): the KL divergence is 0.045
@@ -3859,13 +3859,13 @@ def check_exercise_6(mine):
     assert k3.min() >= 0 and k2.min() >= 0 and k1.min() < 0 and k3.std() < 0.3 * k1.std()
 
 
-def check_exercise_7(mine):
+def check_exercise_07(mine):
     """token_mean(values, mask): the mean over all tokens of a group instead of Eq. 7's mean of responses' means."""
     values, mask = torch.arange(12.0).view(3, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
     assert float(mine.token_mean(values, mask)) == pytest.approx((0 + 1 + 2 + 3 + 4 + 8 + 9) / 7)
 
 
-def check_exercise_8(mine):
+def check_exercise_08(mine):
     """dead_share(p, n): the chance that n answers, each right with chance p, are all right or all wrong."""
     for p, n in itertools.product((0.0, 0.1, 0.5, 0.9, 1.0), (1, 2, 8)):
         counted = sum(p ** sum(hits) * (1 - p) ** (n - sum(hits)) for hits in itertools.product((0, 1), repeat=n)
@@ -3873,7 +3873,7 @@ def check_exercise_8(mine):
         assert mine.dead_share(p, n) == pytest.approx(counted)
 
 
-def check_exercise_9(mine):
+def check_exercise_09(mine):
     """about(response, solution): R^o of a new problem type, "estimate": 1 within 5% of the truth, 0.5 within 20%, else
     0, and 0 in the wrong format."""
     for answer, reward in [("100", 1), ("104.9", 1), ("94", 0.5), ("81", 0.5), ("79", 0), ("-100", 0), ("many", 0)]:
