@@ -193,7 +193,9 @@ def _read_rows(path: Path) -> list[tuple[int, object]]:
                         "with pandas: read_parquet(...).to_json('rows.jsonl', orient='records', lines=True)")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: can't be read as UTF-8 text: {error}") from error
     if path.suffix.lower() == ".jsonl":  # not splitlines(), which also cuts at U+2028 inside a string
         rows = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -1062,7 +1064,9 @@ vertical-align:top}td+td{text-align:right;font-variant-numeric:tabular-nums}h2{f
 .mistrusted{background:#b3261e;color:#fff;padding:.1em .5em;border-radius:.3em}</style>"""
 LEGEND = """<p><span class=right>right, thinking scored 0.5 or more</span> <span class=lucky>right, but thinking scored
 below: "wrong thinking, correct answer"</span> <span class=wrong>wrong</span> <span class=praised>wrong, but thinking
-scored 0.5 or more</span> <span class=mistrusted>gamma below 1: wrong answers got the better thinking scores</span>"""
+scored 0.5 or more</span> <span class=mistrusted>gamma below 1: wrong answers got the better thinking scores</span>
+<p>R^o: outcome reward, R^t: thinking reward, R: both combined (Eq. 5), A: advantage (Eq. 6). Of each step shown, the
+four groups with the lowest gamma."""
 
 
 def write_report(out):
@@ -1075,7 +1079,10 @@ def write_report(out):
         axis.set_title(title, fontsize=10)
 
     curves = plot([functools.partial(curve, *named) for named in CURVES])
-    parts = [PAGE, f"<h1>sophia_min: {html.escape(out.name)}</h1>", "<pre>",
+    settings = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
+    names = ("model", "reward_model", "trust", "alpha", "steps", "seed")
+    chosen = ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
+    parts = [PAGE, f"<h1>sophia_min: {html.escape(out.name)}</h1><p>{html.escape(chosen)}", "<pre>",
              html.escape(table(json.loads((out / "eval.json").read_text()))), "</pre>", _inline(curves), LEGEND]
     for group in read_lines(out / "groups.jsonl"):
         asked, gamma = html.escape(" ".join([group["problem"], *group["options"]])), group["gamma"]

@@ -1,5 +1,5 @@
 """The thinking reward model (paper, section 3.2): a Qwen2.5-VL that reads picture, question and response and writes one
-number, R^t. On the way to it: the shared prompt, which the whole road uses, and supervised fine-tuning."""
+number, R^t. Below it, what all of sophia_min uses: the shared prompt, loading, AdamW, supervised fine-tuning."""
 import argparse
 import copy
 import importlib.util
@@ -580,8 +580,8 @@ def main(argv=None):
         return sub
 
     model = {"device": ("auto", "auto, cpu, cuda or cuda:N"), "max_pixels": (1003520, "of pictures")}
-    mode = {"rm_mode": ("", "as in sophia_min.py; default: as it was trained", "generate", "expected", "reason"),
-            "rm_prompt": ("", "file with the judge's prompt, see the README")}
+    mode = {"rm_mode": ("", "as in sophia_min.py; empty: as it was trained", "generate", "expected", "reason"),
+            "rm_prompt": ("", "file with a judge's prompt of your own, see the README")}
     seed = {"seed": (0, "of everything random")}
     command(collect, "collect", out=(None, "file to write")).add_argument("runs", nargs="+", help="folders of runs")
     for function, name, options in [
@@ -593,7 +593,8 @@ def main(argv=None):
             "model": (None, "what to start from: a Hugging Face id or a folder"), "out": (None, "folder to write"),
             "rm_mode": ("generate", "generate (the number; also for expected) or reason (critique, then number)",
                         "generate", "reason"),
-            "epochs": (2.0, "paper, section 3.2"), "per_step": (8, "questions a step (ours)"), "lr": (1e-5, "ours"),
+            "epochs": (2.0, "passes over the questions (paper, section 3.2)"),
+            "per_step": (8, "questions a step (ours)"), "lr": (1e-5, "AdamW learning rate (ours)"),
             "shuffle_scores": (False, "learn scores that mean nothing: the untrained judge of Table 3"), **seed,
             **model}),
         (eval_command, "eval", {"out": ("eval", "name of the json and the picture"), **mode, **model}),
@@ -601,7 +602,8 @@ def main(argv=None):
         sub = command(function, name, **options)
         sub.add_argument("rows", help="JSON lines")
         if name == "eval":
-            sub.add_argument("--judge", nargs="+", required=True, help="Hugging Face ids or folders to compare")
+            sub.add_argument("--judge", nargs="+", required=True, default=argparse.SUPPRESS,
+                             help="Hugging Face ids or folders to compare")
     args = parser.parse_args(argv)
     try:
         args.run(args)

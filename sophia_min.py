@@ -682,12 +682,12 @@ def train(config):
     model_name = SHORT_IDS.get(config.model, config.model)
     if model_name != config.model:
         print(f"{config.model} is published as {model_name}: loading that")
+    if not config.resume and (out / "checkpoint" / "state.pt").exists():
+        raise SystemExit(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     examples, held_out, data_line = load_data(config)
     print(f"policy        {model_name}\nreward model  {config.reward_model}\ndata          {data_line}\n"
           f"computing     {device}, {str(dtype)[6:]}, {attention} attention")
     out.mkdir(parents=True, exist_ok=True)
-    if not config.resume and (out / "checkpoint" / "state.pt").exists():
-        raise SystemExit(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     set_seed(config.seed)
     policy, processor, judge_start = load_policy(config)
     limits, same = (config.max_prompt_tokens, config.skip_bad, out / "skipped.jsonl"), held_out is examples
@@ -698,7 +698,7 @@ def train(config):
     if config.eval_only:
         result = evaluate(policy, processor, held_out, config, "greedy answers")
         data.write_json(out / "eval.json", {"before": result})
-        return print(data.table({"accuracy": result}))
+        return print(f"{data.table({'accuracy': result})}\nIn {out / 'eval.json'}, under \"before\".")
     judge = load_judge(config, policy, processor, judge_start)
     del judge_start
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
@@ -710,6 +710,7 @@ def train(config):
     if config.resume:
         first = load_checkpoint(config, policy, optimizer, examples) + 1
         before = json.loads((out / "eval.json").read_text())["before"]
+        print(f"going on      after step {first - 1} of {config.steps}")
     else:
         first = 1
         for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl"):  # of a run that ended before its first checkpoint
@@ -839,7 +840,9 @@ def main(argv=None):
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"\nstopped at once; what {config.out} holds is whole", file=sys.stderr)
+        saved = (Path(config.out) / "checkpoint" / "state.pt").exists()
+        print("\nstopped at once; " + (f"the last checkpoint is whole: go on with --resume {config.out}" if saved else
+              "there is no checkpoint yet: start again"), file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         if threading.current_thread() is threading.main_thread():

@@ -3796,11 +3796,13 @@ BLANK = "def __getattr__(name):\n    return lambda *args, **more: None\n"
 
 
 def check_exercise_01(mine):
-    """trust_weight(outcome, thinking): gamma of Eq. 1-3."""
+    """trust_weight(outcome, thinking): gamma of Eq. 1-3. Right means R^o >= 0.5; mu_c and mu_w are the mean thinking
+    rewards of right and wrong answers; gamma is exp(mu_c - mu_w) where mu_c < mu_w, else 1."""
     for seed in range(50):
         rng = random.Random(seed)
         outcome, thinking = [rng.choice((0, 0.4, 0.5, 1)) for _ in range(6)], [rng.random() for _ in range(6)]
-        assert float(mine.trust_weight(outcome, thinking)) == pytest.approx(gamma_from_paper(outcome, thinking))
+        gamma = gamma_from_paper(outcome, thinking)
+        assert float(mine.trust_weight(outcome, thinking)) == pytest.approx(gamma), (outcome, thinking)
 
 
 def check_exercise_02(mine):
