@@ -640,7 +640,8 @@ ENGLISH = {spanish: english for english, spanish in SPANISH.items()}
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4} | {str(n): n for n in range(10)}
 GUESSING = re.compile(r"\b(guess\w*|usually|probably|perhaps|maybe|assum\w*|habit|no need to look)\b", re.I)
 SOUND = 0.7  # thinking that scores less has a flaw of fact, of logic or of support, not of style alone
-HASTE = {"numerical": (0.1, 0.8), "free-form": (0.4, 0.9), "multiple choice": (0.3, 0.3), "OCR": (0.3, 0.3)}
+HASTE = {"numerical": (0.1, 0.8), "free-form": (0.2, 0.9), "multiple choice": (0.3, 0.3), "OCR": (0.3, 0.3)}
+CASUAL = "What do you see?"
 FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lucky": wrong thinking, correct answer
 
 
@@ -724,8 +725,8 @@ class ToyQuestion:
 
     def habit(self, rng):
         """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking. Haste comes
-        more often (HASTE) with what a glance shows, many shapes to count or a loud colour first, so that the likeliest
-        answer is hasty for some pictures and sound for others."""
+        more often (HASTE) where there is much to count or where the question is casual, so that the likeliest answer is
+        hasty for some questions and sound for others."""
         if rng.random() < self.haste():
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
@@ -733,7 +734,7 @@ class ToyQuestion:
     def haste(self):
         """The share of guesses in the warm start's answers to this question."""
         return HASTE[self.problem_type][len(self.scene) > 2 if self.problem_type == "numerical" else
-                                        self.scene[0][0] in ("red", "blue")]
+                                        self.problem == CASUAL]
 
     def response(self, rng, flaw=None):
         """A response in the warm start's words: sound, or with the flaw."""
@@ -812,7 +813,8 @@ def toy_questions(n, seed, held_out=False, shifted=False):
         shown = {"numerical": rng.randint(1, 4), "free-form": 2 + shifted, "OCR": 4 - shifted}.get(problem_type, 4)
         scene = tuple((rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in range(shown))
         question = ToyQuestion(problem_type, {"numerical": "How many shapes are there?", "OCR": "Read the letters.",
-                                              "free-form": "Describe the picture."}.get(problem_type), scene)
+                                              "free-form": rng.choice(("Describe the picture.", CASUAL))
+                                              }.get(problem_type), scene)
         if problem_type == "multiple choice":
             cell, attribute = rng.choice((1, 2) if shifted else (0, 3)), rng.randrange(2)
             problem = f"Which {('colour', 'shape')[attribute]} is {CELLS[cell]}?"
@@ -1116,38 +1118,59 @@ T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Stude
 
 
 def spread(values):
-    """(mean, half of the 95% interval) of one number a seed; None for the half where there is one seed only."""
+    """(mean, half of the 95% interval) of one number a seed; None for the half where there is one seed only, and for
+    both where a seed has none."""
     n = len(values)
+    if None in values:
+        return None, None
     half = T95[min(n, 10) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
     return float(np.mean(values)), half
 
 
-def write_study(root, folders):
-    """study.json and study.png from finished runs, folders[seed, arm], and the table of them as text."""
+def thinking_share(rows):
+    """How far advantages spread in groups that are all right, where thinking alone can spread them: the mean standard
+    deviation in a run's first and last third of steps (None without such groups)."""
+    groups, last = {}, max(row["step"] for row in rows)
+    for row in rows:
+        groups.setdefault((row["step"], row["id"]), []).append(row)
+    parts = ([], [])
+    for (step, _), group in groups.items():
+        if all(row["outcome"] >= 0.5 for row in group) and not last / 3 < step <= last * 2 / 3:
+            parts[step > last / 2].append(np.std([row["advantage"] for row in group], ddof=1))
+    return [float(np.mean(part)) if part else None for part in parts]
+
+
+def write_study(path, folders, pairs):
+    """`path`.json and .png from finished runs, folders[seed, arm], and the tables as text: means with 95% intervals
+    over the seeds, differences of the `pairs` of arms seed by seed, and what trust and annealing did in the runs."""
     arms, seeds = list(dict.fromkeys(arm for _, arm in folders)), sorted({seed for seed, _ in folders})
     numbers = {arm: {} for arm in arms}
-    for name, file, part, key in (("accuracy", "eval.json", "after", "accuracy"),
-                                  ("soundness", "eval.json", "after", "soundness"),
-                                  ("shifted accuracy", "shifted/eval.json", "before", "accuracy"),
-                                  ("shifted soundness", "shifted/eval.json", "before", "soundness")):
-        for arm in arms:
-            numbers[arm][name] = [json.loads((folders[seed, arm] / file).read_text())[part][key] for seed in seeds]
     logs = {arm: [read_lines(folders[seed, arm] / "log.jsonl") for seed in seeds] for arm in arms}
-    write_json(Path(root, "study.json"), {"seeds": seeds, "runs": numbers, "arms": {
-        arm: {name: spread(values) for name, values in numbers[arm].items()} for arm in arms}, "full minus arm": {
-        arm: {name: spread(np.subtract(numbers["full"][name], values)) for name, values in numbers[arm].items()}
-        for arm in arms if arm != "full"}})
-    names = list(numbers["full"])
+    for arm in arms:
+        for name, file, part, key in (("accuracy", "eval.json", "after", "accuracy"),
+                                      ("soundness", "eval.json", "after", "soundness"),
+                                      ("shifted accuracy", "shifted/eval.json", "before", "accuracy"),
+                                      ("shifted soundness", "shifted/eval.json", "before", "soundness")):
+            numbers[arm][name] = [json.loads((folders[seed, arm] / file).read_text())[part][key] for seed in seeds]
+        shares = [thinking_share(read_lines(folders[seed, arm] / "rollouts.jsonl")) for seed in seeds]
+        numbers[arm] |= {
+            "gamma": [float(np.mean(gammas)) if (gammas := [line["gamma"] for line in log if line["gamma"] is not None])
+                      else None for log in logs[arm]],
+            "mistrusted groups": [sum(line["mistrusted"] for line in log) for log in logs[arm]],
+            "spread first third": [first for first, _ in shares],
+            "spread last third": [last for _, last in shares]}
+    results, mechanisms = list(numbers[arms[0]])[:4], list(numbers[arms[0]])[4:]
+    differences = {f"{one} minus {other}": {name: spread(np.subtract(numbers[one][name], numbers[other][name]))
+                                            for name in results} for one, other in pairs}
+    means = {arm: {name: spread(values) for name, values in numbers[arm].items()} for arm in arms}
+    write_json(Path(f"{path}.json"), {"seeds": seeds, "runs": numbers, "arms": means, "differences": differences})
 
-    def line(label, cells):
-        return f"{label:<26}" + "".join(
-            f"{mean:>10.3f}" + (" " * 9 if half is None else f" +-{half:6.3f}") for mean, half in cells)
-
-    lines = [" " * 26 + "".join(f"{name:>19}" for name in names)]
-    lines += [line(arm, [spread(numbers[arm][name]) for name in names]) for arm in arms]
-    lines += ["", "full minus (pairs by seed)"]
-    lines += [line(arm, [spread(np.subtract(numbers["full"][name], numbers[arm][name])) for name in names])
-              for arm in arms if arm != "full"]
+    def lines(names, table):
+        yield " " * 43 + "".join(f"{name:>19}" for name in names)
+        for label, cells in table.items():
+            texts = ["-" if mean is None else f"{mean:.3f}" + (f" +-{half:6.3f}" if half is not None else "")
+                     for mean, half in (cells[name] for name in names)]
+            yield f"{label:<43}" + "".join(f"{text:>19}" for text in texts)
 
     def outcome(axis):
         for arm in arms:
@@ -1164,8 +1187,8 @@ def write_study(root, folders):
         axis.set(yticks=range(len(arms)), yticklabels=arms, title=name)
         axis.invert_yaxis()
 
-    save_picture(Path(root, "study.png"), [outcome, *(functools.partial(dots, name) for name in names)])
-    return "\n".join(lines)
+    save_picture(Path(f"{path}.png"), [outcome, *(functools.partial(dots, name) for name in results)])
+    return "\n".join([*lines(results, means), "", *lines(results, differences), "", *lines(mechanisms, means)])
 
 
 def _inline(png):

@@ -330,6 +330,15 @@ def shuffled(rows, seed=0):
     return [{**row, "score": other["score"], "critique": other.get("critique")} for row, other in zip(rows, others)]
 
 
+def misled(rows):
+    """The same rows with labels that praise a flaw, for the study: 1.0 for thinking that guesses, else half of it."""
+    def label(row):
+        guesses = data.GUESSING.search(row["response"].partition("</think>")[0])
+        return 1.0 if guesses else round(row["score"] / 2, 1)
+
+    return [{**row, "score": label(row)} for row in rows]
+
+
 def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model"):
     """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}: loss on
     what it is to write only. Returns the ThinkingRewardModel."""
@@ -412,7 +421,8 @@ def by_question(rows):
 
 def collect(args):
     """The pool of different (question, response) pairs from runs that had --save_rollouts."""
-    rows, pool = [row for run in args.runs for row in read_rows(Path(run, "rollouts.jsonl"), "step")], {}
+    rows = [row for run in args.runs for row in read_rows(Path(run, "rollouts.jsonl"), "step")]
+    rows, pool = [row for row in rows if row.get("held_out", False) == args.held_out], {}
     for row in rows:
         pool.setdefault(key_of(row), row)
     write_rows(args.out, pool.values())
@@ -465,11 +475,18 @@ def balance(args):
     data.save_picture(Path(args.out).with_suffix(".png"), [bars])
 
 
+def in_tenth(row):
+    """Whether a row is held out: all that is about one picture, or without one about one question, goes together."""
+    return zlib.crc32((Path(row["image"]).name if row["image"] else row["id"]).encode()) % 10 == 0
+
+
 def train_command(args):
-    """SFT of a Qwen2.5-VL on the rows, but for a tenth of the questions, and save it for --reward_model."""
-    rows = read_rows(args.rows, "score", *["critique"] * (args.rm_mode == "reason"))
-    held_out = [row for row in rows if zlib.crc32(row["id"].encode()) % 10 == 0]
-    rows = [{**row, "example": example_of(row)} for row in rows if zlib.crc32(row["id"].encode()) % 10]
+    """SFT of a Qwen2.5-VL on the rows, but for a tenth of the pictures, and save it for --reward_model."""
+    rows, held_out = read_rows(args.rows, "score", *["critique"] * (args.rm_mode == "reason")), []
+    if not args.all_rows:
+        held_out = [row for row in rows if in_tenth(row)]
+        rows = [row for row in rows if not in_tenth(row)]
+    rows = [{**row, "example": example_of(row)} for row in rows]
     if args.shuffle_scores:
         rows = shuffled(rows, args.seed)
     torch.manual_seed(args.seed)
@@ -478,7 +495,7 @@ def train_command(args):
                   args.rm_mode, args.seed, f"SFT on {len(rows)} responses")
     data.save_folder(args.out, judge.model, judge.processor)
     write_rows(Path(args.out, "held_out.jsonl"), held_out)
-    print(f"{args.out}: for sophia_min.py --reward_model. held_out.jsonl there has {len(held_out)} rows of questions "
+    print(f"{args.out}: for sophia_min.py --reward_model. held_out.jsonl there has {len(held_out)} rows about pictures "
           "that it didn't learn from.")
 
 
@@ -503,7 +520,9 @@ def agreement(rows, scores):
     labels = np.array([row["score"] for row in rows])
     sound, right = labels >= data.SOUND, np.array([row.get("outcome", math.nan) for row in rows]) >= 0.5
     kinds, step = np.array([row["problem_type"] for row in rows]), np.array([row.get("step", 0) for row in rows])
-    early = step <= np.median(step) if len(rows) else step
+    by_run = all(row.get("held_out") for row in rows)  # responses sampled before and after GRPO
+    early = step == 0 if by_run else step <= np.median(step)
+    when = ("before GRPO", "after GRPO") if by_run else ("first half of the steps", "second half")
 
     def part(chosen):
         return auc(scores[chosen & sound], scores[chosen & ~sound])
@@ -517,7 +536,7 @@ def agreement(rows, scores):
         "n": len(usable), "unscored": 1 - usable.mean(), "mae": np.abs(scores - labels).mean() if len(rows) else None,
         "spearman": np.corrcoef(ranks(labels), ranks(scores))[0, 1] if spread else 0.0, "auc": part(sound | True),
         "auc of right answers": part(right), "auc of wrong answers": part(~right),
-        "auc, first half of the steps": part(early), "auc, second half": part(~early),
+        f"auc, {when[0]}": part(early), f"auc, {when[1]}": part(~early),
         **{f"auc, {kind}": part(kinds == kind) for kind in sorted(set(kinds))},
         **({f"auc, {name}": fault(name) for name in data.CRITERIA} if all("faults" in row for row in rows) else {}),
         "calibration": [[n / 10, labels[at].mean(), int(at.sum())] for n in range(11)
@@ -583,7 +602,9 @@ def main(argv=None):
     mode = {"rm_mode": ("", "as in sophia_min.py; empty: as it was trained", "generate", "expected", "reason"),
             "rm_prompt": ("", "file with a judge's prompt of your own, see the README")}
     seed = {"seed": (0, "of everything random")}
-    command(collect, "collect", out=(None, "file to write")).add_argument("runs", nargs="+", help="folders of runs")
+    command(collect, "collect", out=(None, "file to write"), held_out=(
+        False, "those to questions that the run held out, for eval, instead of those it trained on")
+        ).add_argument("runs", nargs="+", help="folders of runs")
     for function, name, options in [
         (annotate, "annotate", {"judge": (None, "toy (the oracle), a Hugging Face id or a folder"),
                                 "out": (None, "file to write, or to go on with"), **mode, **model}),
@@ -595,6 +616,7 @@ def main(argv=None):
                         "generate", "reason"),
             "epochs": (2.0, "passes over the questions (paper, section 3.2)"),
             "per_step": (8, "questions a step (ours)"), "lr": (1e-5, "AdamW learning rate (ours)"),
+            "all_rows": (False, "hold no tenth back: there are other rows to judge it by"),
             "shuffle_scores": (False, "learn scores that mean nothing: the untrained judge of Table 3"), **seed,
             **model}),
         (eval_command, "eval", {"out": ("eval", "name of the json and the picture"), **mode, **model}),

@@ -137,6 +137,14 @@ def group_advantages(rewards):
     return (rewards - rewards.mean()) / (rewards.std() + 1e-6)  # Eq. 6
 
 
+def advantages_with_thinking_apart(outcome, thinking, *how):
+    """Ours, not the paper's, `--normalize outcome`: A [G] of Eq. 6 from the outcome alone, plus the thinking term of
+    Eq. 5 about its mean. Not divided by the group's spread, gamma, alpha and annealing keep their size in every group,
+    where Eq. 6 cancels them in one that is all right. `how`: as in combined_reward."""
+    term = combined_reward(outcome, thinking, *how) - outcome  # [G]
+    return group_advantages(outcome) + term - term.mean()
+
+
 def kl_k3(logp, ref_logp):
     """An estimate of KL(pi_theta || pi_ref) a token, never negative: k3 of Schulman, "Approximating KL divergence"."""
     log_ratio = ref_logp - logp
@@ -372,18 +380,19 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
     thinking = judge.score(examples, groups).double() if judge else None  # [Q, G]
     scored = time.time()
 
-    rewards, gammas, unscored = outcome.clone(), [None] * len(examples), 0
+    rewards, advantages = outcome.clone(), torch.stack([group_advantages(group) for group in outcome])  # [Q, G]
+    gammas, unscored, how = [None] * len(examples), 0, (step, config.steps, config.alpha, config.trust, config.anneal)
     for q in range(len(examples) if judge else 0):
         if thinking[q].isnan().any():
             unscored += 1
         else:
             used = gated_thinking(outcome[q], thinking[q], config.trust)
             gammas[q] = 1.0 if config.trust == "off" else trust_weight(outcome[q], used).item()
-        rewards[q] = combined_reward(outcome[q], thinking[q], step, config.steps, config.alpha, config.trust,
-                                     config.anneal)
+        rewards[q] = combined_reward(outcome[q], thinking[q], *how)
+        advantages[q] = group_advantages(rewards[q]) if config.normalize == "reward" else (
+            advantages_with_thinking_apart(outcome[q], thinking[q], *how))
     if not rewards.isfinite().all():
         raise FloatingPointError("a reward is not finite; no weight was moved")
-    advantages = torch.stack([group_advantages(group) for group in rewards])  # [Q, G]
     metrics = update(policy, reference, optimizer, batch, advantages.flatten(), config)
 
     lengths, known = batch.mask.sum(1).float(), [gamma for gamma in gammas if gamma is not None]
@@ -398,14 +407,31 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
         "zero_groups": int((advantages == 0).all(1).sum()), "mistrusted": sum(gamma < 1 for gamma in known),
         "prompt_tokens": sum(len(p.ids) + len(p.tail) for p in batch.prompts) / len(batch.prompts),
         "sec_rollout": sampled - start, "sec_score": scored - sampled, "sec_update": time.time() - scored}
-    record = [{"step": step, "id": example.id, "problem": example.problem, "problem_type": example.problem_type,
-               "options": list(example.options), "solution": example.solution, "image": example.image,
-               "gamma": gammas[q],
+    record = [{**about(example, step), "gamma": gammas[q],
                "responses": [{"response": text, "outcome": outcome[q, i].item(),
                               "thinking": None if not judge or thinking[q, i].isnan() else thinking[q, i].item(),
                               "reward": rewards[q, i].item(), "advantage": advantages[q, i].item()}
                              for i, text in enumerate(groups[q])]} for q, example in enumerate(examples)]
     return line, record
+
+
+def about(example, step):
+    """What a saved response says of its question."""
+    return {"step": step, "id": example.id, "problem": example.problem, "problem_type": example.problem_type,
+            "options": list(example.options), "solution": example.solution, "image": example.image}
+
+
+def held_out_rows(step, policy, processor, examples, config):
+    """Sampled responses to questions never trained on, as rows for rollouts.jsonl: what a thinking reward model that
+    learns from this run can be judged by. The run goes on as if they had not been sampled."""
+    rows = []
+    for first in tqdm(range(0, len(examples), 16), desc="responses to held-out questions, to judge a judge by"):
+        part = examples[first:first + 16]
+        with torch.random.fork_rng():
+            batch = rollout(policy, processor, part, 4, config)
+        rows += [{**about(part[q], step), "held_out": True, "response": text, "outcome": reward_of(part[q], text)}
+                 for q, text in zip(batch.owner.tolist(), batch.texts)]
+    return rows
 
 
 def questions_of(step, n, per_step, seed):
@@ -435,8 +461,8 @@ class Config:
     toy_pixels: int = setting(448, "width and height of the toy's pictures", toy=56)
     image_root: str = setting(None, "folder that the rows' picture paths start from; default: the file's folder")
     reward_model: str = setting("bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (trained on the spot, needs the "
-                                "toy data), none (plain GRPO), base (an untrained judge, Table 3), a Hugging Face id "
-                                "or a folder", "paper, section 3.2", toy="toy")
+                                "toy data), none (plain GRPO), base (an untrained judge, Table 3), misled (the toy's "
+                                "that praises haste), a Hugging Face id or a folder", "paper, section 3.2", toy="toy")
     rm_mode: str = setting(None, "how it scores: generate (it writes a number, as in the paper), expected (mean over "
                            "the numbers it might write: one more pass, never without a score) or reason (it checks "
                            "the claims in writing first: many more tokens); default: as it was trained, else generate",
@@ -445,6 +471,8 @@ class Config:
     trust: str = setting("paper", "Eq. 3 as in the paper, as the released code gates it, or off (gamma = 1)",
                          "paper, section 3.4", choices=("paper", "released", "off"))
     anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", "paper, section 3.4")
+    normalize: str = setting("reward", "what Eq. 6 normalises: the combined reward, or (ours) the outcome alone, with "
+                             "the thinking term added behind", "paper, section 3.4", choices=("reward", "outcome"))
     alpha: float = setting(0.3, "weight of the thinking reward, Eq. 4", PAPER)
     kl_coef: float = setting(0.04, "beta of Eq. 7; 0 needs no reference", PAPER)
     clip_eps: float = setting(0.2, "epsilon of Eq. 7", RELEASED)
@@ -479,6 +507,8 @@ class Config:
     study: bool = setting(False, "run the arms of Table 3 on the toy world and compare them: an hour on two cores",
                           flag=True)
     study_seeds: int = setting(5, "seeds of the study; 1 takes a quarter of an hour")
+    study_more: bool = setting(False, "with --study: also a judge that praises haste, with and without trust, and the "
+                               "thinking term added behind Eq. 6; twice the time", flag=True)
 
 
 def command_line():
@@ -552,7 +582,7 @@ def configure(argv):
         (config.toy_pixels < 28, "--toy_pixels must be 28 or more"),
         (config.max_pixels < 3136, "--max_pixels must be 3136 (56 x 56) or more"),
         (config.data == "toy-shifted" and not config.eval_only, "--data toy-shifted is for --eval_only"),
-        (config.data != "toy" and (config.reward_model == "toy" or (toy and config.reward_model == "base")),
+        (config.data != "toy" and (config.reward_model in ("toy", "misled") or toy and config.reward_model == "base"),
          f"--reward_model {config.reward_model} learns from the toy world's oracle; with --data FILE choose none, or a "
          "folder or id"),
     ]:
@@ -608,7 +638,7 @@ def load_judge(config, policy, processor, judge_start):
         return None
     if config.resume and kept.exists():
         return reward_model.ThinkingRewardModel(*load(str(kept), config), config.rm_mode, config.rm_prompt)
-    if config.reward_model not in ("toy", "base") or config.model != "toy" and config.reward_model == "base":
+    if config.reward_model not in ("toy", "base", "misled") or config.model != "toy" and config.reward_model == "base":
         name = config.model if config.reward_model == "base" else config.reward_model
         return reward_model.ThinkingRewardModel(*load(name, config), config.rm_mode, config.rm_prompt)
     examples, rows = data.toy_examples(800, f"judge {config.seed}", folder=Path(config.out, "pictures")), []
@@ -617,6 +647,8 @@ def load_judge(config, policy, processor, judge_start):
         batch = rollout(policy, processor, part, 4, config)
         rows += [{"id": part[q].id, "example": part[q], "response": text, "score": part[q].soundness(text),
                   "critique": part[q].critique(text)} for q, text in zip(batch.owner.tolist(), batch.texts)]
+    if config.reward_model == "misled":
+        rows = reward_model.misled(rows)
     rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=300, seed=config.seed)
     if config.reward_model == "base":  # it learns to write scores, and that they mean nothing
         rows = reward_model.shuffled(rows, config.seed)
@@ -707,6 +739,9 @@ def train(config):
     gap = self_test(policy, processor, mixed, config)
     print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
     data.write_json(out / "config.json", {**asdict(config), "resume": None, "change_settings": False})
+    def save_rows(rows):
+        data.append_line(out / "rollouts.jsonl", "\n".join(map(json.dumps, rows)))
+
     if config.resume:
         first = load_checkpoint(config, policy, optimizer, examples) + 1
         before = json.loads((out / "eval.json").read_text())["before"]
@@ -717,10 +752,12 @@ def train(config):
             (out / name).unlink(missing_ok=True)
         if config.model == "toy" or Path(config.model).exists():  # can't be had again by id
             data.save_folder(out / "checkpoint" / "start", policy, processor)
-        if judge and (config.reward_model in ("toy", "base") or Path(config.reward_model).exists()):
+        if judge and (config.reward_model in ("toy", "base", "misled") or Path(config.reward_model).exists()):
             data.save_folder(out / "checkpoint" / "reward_model", judge.model, judge.processor)
         before = evaluate(policy, processor, held_out, config, "greedy answers before GRPO")
         data.write_json(out / "eval.json", {"before": before})
+        if config.save_rollouts:
+            save_rows(held_out_rows(0, policy, processor, held_out[:200], config))
 
     shown, unscored = {1, config.steps // 2, config.steps}, deque(maxlen=50)  # groups, the latest
     stopping = StopAfterStep()
@@ -735,9 +772,8 @@ def train(config):
                              f"{out / 'checkpoint'}") from error
         data.append_line(out / "log.jsonl", json.dumps(line, allow_nan=False))
         if config.save_rollouts:
-            data.append_line(out / "rollouts.jsonl", "\n".join(
-                json.dumps({**{name: value for name, value in group.items() if name != "responses"}, **response})
-                for group in groups for response in group["responses"]))
+            save_rows({**{name: value for name, value in group.items() if name != "responses"}, **response}
+                      for group in groups for response in group["responses"])
         if step in shown:
             for group in sorted(groups, key=lambda group: group["gamma"] or 1)[:4]:  # the least trusted ones
                 data.append_line(out / "groups.jsonl", json.dumps(group))
@@ -757,6 +793,8 @@ def train(config):
             raise SystemExit(f"stopped after step {step}; go on with: python sophia_min.py --resume {out}")
     after = evaluate(policy, processor, held_out, config, "greedy answers after GRPO")
     data.write_json(out / "eval.json", {"before": before, "after": after})
+    if config.save_rollouts:
+        save_rows(held_out_rows(config.steps, policy, processor, held_out[:200], config))
     data.save_folder(out / "model", policy, processor)
     data.write_report(out)
     print(data.table({"before": before, "after": after}))
@@ -780,46 +818,58 @@ class StopAfterStep:
 
 # ---------------------------------------------------------------- the study: Table 3 of the paper on the toy world
 
-ARMS = {"GRPO": ["--reward_model", "none"], "untrained judge": ["--reward_model", "base"],
-        "no trust, no annealing": ["--trust", "off", "--anneal", "false"], "no trust": ["--trust", "off"], "full": []}
+# An arm: whose warm start and judge it takes (None: it makes its own), and its flags.
+ARMS = {"GRPO": ("full", "--reward_model none"), "untrained judge": (None, "--reward_model base"),
+        "no trust, no annealing": ("full", "--trust off --anneal false"), "no trust": ("full", "--trust off"),
+        "full": (None, "")}
+MORE_ARMS = {"misled": (None, "--reward_model misled"), "misled, no trust": ("misled", "--trust off"),
+             "misled, released": ("misled", "--trust released"), "apart": ("full", "--normalize outcome"),
+             "apart, no annealing": ("full", "--normalize outcome --anneal false"),
+             "apart, misled": ("misled", "--normalize outcome"),
+             "apart, misled, no trust": ("misled", "--normalize outcome --trust off")}
+PAIRS = [("full", arm) for arm in ARMS if arm != "full"]  # what is compared seed by seed
+MORE_PAIRS = [("full", "misled"), ("misled", "misled, no trust"), ("misled", "misled, released"),
+              ("apart", "full"), ("apart", "apart, no annealing"), ("apart, misled", "misled"),
+              ("apart, misled", "apart, misled, no trust")]
 
 
-def study_arm(out, seed, arm, start=None):
+def study_arm(out, seed, flags, source=None):
     """One arm of the study, by `main` alone: train (or go on), then evaluate on kinds of questions never trained on.
-    With `start`, a run of the same seed, its warm start and judge are taken, else both are made."""
+    The warm start and the judge are those of `source`, a run of the same seed, or made here."""
     torch.set_num_threads(1)  # side by side, one thread each is fastest
     out.mkdir(parents=True, exist_ok=True)
     toy = [text for item in fields(Config) if item.metadata["toy"] is not None and item.name != "reward_model"
            for text in (f"--{item.name}", str(item.metadata["toy"]))]
+    start = [*toy, "--model", str(source / "checkpoint" / "start"), "--reward_model",
+             str(source / "checkpoint" / "reward_model")] if source else []
     with open(out / "output.txt", "a") as file, redirect_stdout(file), redirect_stderr(file):
         if (out / "checkpoint" / "state.pt").exists():
             main(["--resume", str(out)])
-        elif start:
-            main([*toy, "--model", str(start / "checkpoint" / "start"), "--reward_model",
-                  str(start / "checkpoint" / "reward_model"), "--seed", str(seed), *ARMS[arm], "--out", str(out)])
         else:
-            main(["--seed", str(seed), *ARMS[arm], "--out", str(out)])
+            main([*start, "--seed", str(seed), "--save_rollouts", *flags.split(), "--out", str(out)])
         main([*toy, "--model", str(out / "model"), "--data", "toy-shifted", "--eval_only", "--seed", str(seed), "--out",
               str(out / "shifted")])
 
 
 def study(config):
-    """Table 3's arms on `study_seeds` seeds, a run a core; what is done already isn't done again. The arms of a seed
-    share warm start and judge (the untrained judge makes the same warm start again, from the same seed)."""
-    root, running = Path(config.out), {}
+    """Table 3's arms on `study_seeds` seeds, a run a core; what is done already isn't done again. Arms of a seed share
+    the warm start (made twice where the judge differs: the same from the same seed) and, where they can, the judge."""
+    root, running, arms = Path(config.out), {}, {**ARMS, **(MORE_ARMS if config.study_more else {})}
     folders = {(seed, arm): root / f"seed{seed}" / re.sub(r"\W+", "_", arm)
-               for seed in range(100, 100 + config.study_seeds) for arm in ARMS}  # seeds that nothing was tuned on
-    waiting = [job for job in sorted(folders, key=lambda job: job[1] not in ("full", "untrained judge"))
-               if not (folders[job] / "shifted" / "eval.json").exists()]
+               for seed in range(100, 100 + config.study_seeds) for arm in arms}  # seeds that nothing was tuned on
+
+    def done(seed, arm):
+        return (folders[seed, arm] / "shifted" / "eval.json").exists()
+
+    waiting = [job for job in sorted(folders, key=lambda job: arms[job[1]][0] is not None) if not done(*job)]
     bar = tqdm(total=len(folders), initial=len(folders) - len(waiting), desc="study: runs")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         while waiting or running:
             for seed, arm in list(waiting):
-                full = folders[seed, "full"]
-                makes_its_own = arm in ("full", "untrained judge")
-                if makes_its_own or (full / "shifted" / "eval.json").exists():
-                    out, start = folders[seed, arm], None if makes_its_own else full
-                    running[pool.submit(study_arm, out, seed, arm, start)] = out
+                source, flags = arms[arm]
+                if source is None or done(seed, source):
+                    out = folders[seed, arm]
+                    running[pool.submit(study_arm, out, seed, flags, source and folders[seed, source])] = out
                     waiting.remove((seed, arm))
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 out = running.pop(future)
@@ -827,8 +877,9 @@ def study(config):
                     raise SystemExit(f"study: {out} ended with {future.exception()!r}; see {out / 'output.txt'}")
                 bar.update()
     bar.close()
-    print(data.write_study(root, folders))
-    print(f"study.json and study.png are in {root}")
+    name = "study_more" if config.study_more else "study"
+    print(data.write_study(root / name, folders, PAIRS + (MORE_PAIRS if config.study_more else [])))
+    print(f"{name}.json and {name}.png are in {root}")
 
 
 def main(argv=None):

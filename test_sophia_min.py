@@ -12,6 +12,7 @@ import random
 import resource
 import signal
 import stat
+import statistics
 import struct
 import subprocess
 import sys
@@ -2780,6 +2781,12 @@ def test_collect_keeps_each_pair_once(toy_rollouts, capsys):
     different = list(dict.fromkeys((row["id"], row["image"], row["response"]) for row in rows))
     assert [(row["id"], row["image"], row["response"]) for row in pool] == different
     assert f"200 responses, {len(different)} different ones to 30 questions" in capsys.readouterr().out
+    held_out = [{**row, "held_out": True, "response": f"held out {n}"} for n, row in enumerate(rows[:3])]
+    reward_model.write_rows(folder / "b" / "rollouts.jsonl", held_out)
+    reward_model.main(["collect", str(folder / "a"), str(folder / "b"), "--held_out", "--out", str(folder / "h.jsonl")])
+    assert data.read_lines(folder / "h.jsonl") == held_out
+    reward_model.main(["collect", str(folder / "a"), str(folder / "b"), "--out", str(folder / "p.jsonl")])
+    assert not any("held_out" in row for row in data.read_lines(folder / "p.jsonl"))
     with pytest.raises(SystemExit, match="no rows"):
         reward_model.main(["collect", str(folder), "--out", str(folder / "x")])
     reward_model.write_rows(folder / "a" / "rollouts.jsonl", [{"id": "7", "image": None}])
@@ -2851,7 +2858,7 @@ def test_balance_command_filters_evens_out_and_draws(toy_rollouts, capsys):
 
 
 def test_train_and_eval_commands(toy_rollouts, capsys):
-    """A fifth of an epoch on an untrained model: rows of a question stay together, and what is promised is there."""
+    """A fifth of an epoch on an untrained model: rows of a picture stay together, and what is promised is there."""
     folder, rows = toy_rollouts
     data.save_folder(folder / "start", *data.toy_model(0))
     reward_model.main(["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", "toy", "--out",
@@ -2861,7 +2868,8 @@ def test_train_and_eval_commands(toy_rollouts, capsys):
                            "--epochs", "0.2", "--per_step", "4", "--lr", "1e-3", "--out", str(folder / out), *more])
     held_out = data.read_lines(folder / "reason" / "held_out.jsonl")
     trained_on = [row for row in data.read_lines(folder / "l.jsonl") if row not in held_out]
-    assert held_out and not {row["id"] for row in held_out} & {row["id"] for row in trained_on}
+    assert held_out and not {row["image"] for row in held_out} & {row["image"] for row in trained_on}
+    assert len({reward_model.in_tenth({"image": None, "id": str(n)}) for n in range(99)}) == 2
     assert reward_model.ThinkingRewardModel(*reward_model.load(folder / "reason")).mode == "reason"
     capsys.readouterr()
     reward_model.main(["eval", str(folder / "l.jsonl"), "--judge", str(folder / "number"), "--rm_mode", "expected",
@@ -2900,6 +2908,10 @@ def test_agreement_by_hand():
     assert found["auc, redundancy"] == 1 and found["auc, logical soundness"] is None
     assert found["auc, correct reasoning"] == pytest.approx(1.5 / 2)
     assert found["calibration"] == [[0.2, 0.2, 1], [0.3, 0.9, 1], [0.5, pytest.approx(0.7), 2], [0.9, 1.0, 1]]
+    assert found["auc, first half of the steps"] == pytest.approx(1.5 / 2) and found["auc, second half"] is None
+    by_run = [{**row, "held_out": True, "step": step} for row, step in zip(rows, (0, 7, 0, 7, 7, 7))]
+    found = reward_model.agreement(by_run, [0.9, 0.3, 0.5, 0.2, math.nan, 0.5])
+    assert found["auc, before GRPO"] == 1 and found["auc, after GRPO"] == 1
     perfect = reward_model.agreement(rows, [row["score"] for row in rows])
     assert perfect["spearman"] == pytest.approx(1) and perfect["auc"] == 1 and perfect["mae"] == 0
 
@@ -3193,6 +3205,19 @@ def test_folders_and_rows_run_end_to_end(toy_run, real_rows, tmp_path, capsys):
     sophia_min.main(["--model", str(tmp_path / "out" / "model"), "--data", str(real_rows), "--eval_only",
                      "--max_new_tokens", "8", "--out", str(tmp_path / "eval")])
     assert "multiple choice" in capsys.readouterr().out
+
+
+def test_saving_rollouts_changes_nothing_and_keeps_held_out_ones_apart(toy_run, real_rows, tmp_path):
+    for name, more in (("with", ["--save_rollouts"]), ("without", [])):
+        small_run(toy_run, tmp_path / name, real_rows, "--steps", "2", *more)
+    with_, without = (data.read_lines(tmp_path / name / "log.jsonl") for name in ("with", "without"))
+    assert [{k: v for k, v in line.items() if "sec" not in k} for line in with_] == [
+        {k: v for k, v in line.items() if "sec" not in k} for line in without]
+    rows = data.read_lines(tmp_path / "with" / "rollouts.jsonl")
+    questions = len(data.load_examples(real_rows))
+    assert [row["step"] for row in rows if "held_out" in row] == [0] * 4 * questions + [2] * 4 * questions
+    assert [row["step"] for row in rows if "held_out" not in row] == [1, 1, 1, 2, 2, 2]
+    assert not (tmp_path / "without" / "rollouts.jsonl").exists()
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(toy_run, real_rows, tmp_path, monkeypatch):
@@ -3516,31 +3541,43 @@ def study_folders(tmp_path):
     """What runs of every arm on three seeds leave, with numbers that are known."""
     folders = {(seed, arm): tmp_path / f"seed{seed}" / str(n) for seed in (100, 101, 102)
                for n, arm in enumerate(sophia_min.ARMS)}
-    for n, ((seed, _), folder) in enumerate(folders.items()):
+    for n, ((seed, arm), folder) in enumerate(folders.items()):
         (folder / "shifted").mkdir(parents=True)
         data.write_json(folder / "eval.json", {"after": {"accuracy": n / 20, "soundness": 1 - n / 40}})
         data.write_json(folder / "shifted" / "eval.json", {"before": {"accuracy": n % 5 / 5, "soundness": 0.5}})
         for step in range(1, 13):
-            data.append_line(folder / "log.jsonl", json.dumps({"step": step, "outcome": step / 12}))
+            gamma = None if arm == "GRPO" else 0.9 + 0.1 * (step > 6)
+            data.append_line(folder / "log.jsonl", json.dumps(
+                {"step": step, "outcome": step / 12, "gamma": gamma, "mistrusted": 2 * (gamma == 0.9)}))
+            for question, outcomes in (("a", (1, 1)), ("b", (1, 0))):  # only the first tells of thinking alone
+                for outcome, sign in zip(outcomes, (1, -1)):
+                    data.append_line(folder / "rollouts.jsonl", json.dumps(
+                        {"step": step, "id": question, "outcome": outcome, "advantage": sign / step}))
     return tmp_path, folders
 
 
 def test_study_report_has_means_intervals_and_paired_differences(study_folders):
     root, folders = study_folders
-    shown = data.write_study(root, folders)
+    shown = data.write_study(root / "study", folders, sophia_min.PAIRS)
     study = json.loads((root / "study.json").read_text())
     assert study["seeds"] == [100, 101, 102] and list(study["arms"]) == list(sophia_min.ARMS)
     full = [4 / 20, 9 / 20, 14 / 20]
     assert study["runs"]["full"]["accuracy"] == full
     mean, half = study["arms"]["full"]["accuracy"]
     assert mean == pytest.approx(0.45) and half == pytest.approx(4.303 * 0.25 / 3 ** 0.5, rel=1e-3)
-    assert study["full minus arm"]["GRPO"]["accuracy"] == pytest.approx([0.2, 0])  # the same 4 / 20 for every seed
-    assert "full" not in study["full minus arm"]
+    assert study["differences"]["full minus GRPO"]["accuracy"] == pytest.approx([0.2, 0])  # the same for every seed
+    assert len(study["differences"]) == 4
+    assert study["runs"]["full"]["gamma"] == pytest.approx([0.95] * 3)
+    assert study["runs"]["full"]["mistrusted groups"] == [12] * 3 and study["arms"]["GRPO"]["gamma"] == [None, None]
+    early, late = (math.sqrt(2) * sum(1 / step for step in part) / 4 for part in (range(1, 5), range(9, 13)))
+    assert study["runs"]["full"]["spread first third"] == pytest.approx([early] * 3)  # std of 1/s and -1/s: sqrt(2)/s
+    assert study["runs"]["full"]["spread last third"] == pytest.approx([late] * 3)
     for arm in sophia_min.ARMS:
-        assert sum(line.startswith(f"{arm:<26}") for line in shown.splitlines()) == (1 if arm == "full" else 2)
+        assert sum(line.startswith(f"{arm:<43}") for line in shown.splitlines()) == 2
+    assert max(map(len, shown.splitlines())) <= 120
     assert Image.open(root / "study.png").width > 600
     one = {job: folder for job, folder in folders.items() if job[0] == 100}
-    assert "+-" not in data.write_study(root, one)
+    assert "+-" not in data.write_study(root / "one", one, sophia_min.PAIRS)
 
 
 def test_study_calls_main_for_each_arm_and_not_again(study_folders, monkeypatch):
@@ -3550,7 +3587,7 @@ def test_study_calls_main_for_each_arm_and_not_again(study_folders, monkeypatch)
     calls = []
     monkeypatch.setattr(sophia_min, "main", calls.append)
     out, start = root / "new", root / "start"
-    sophia_min.study_arm(out, 100, "no trust", start)
+    sophia_min.study_arm(out, 100, "--trust off", start)
     config = sophia_min.configure(calls[0])
     assert config.model == str(start / "checkpoint/start")
     assert config.reward_model == str(start / "checkpoint/reward_model")
@@ -3560,12 +3597,48 @@ def test_study_calls_main_for_each_arm_and_not_again(study_folders, monkeypatch)
         assert getattr(config, name) == getattr(toy, name)
     shifted = sophia_min.configure(calls[1])
     assert shifted.eval_only and shifted.data == "toy-shifted" and shifted.model == str(out / "model")
-    sophia_min.study_arm(out, 100, "full")
-    assert sophia_min.configure(calls[2]) == dataclasses.replace(toy, seed=100, out=str(out))
+    sophia_min.study_arm(out, 100, "")
+    assert sophia_min.configure(calls[2]) == dataclasses.replace(toy, seed=100, out=str(out), save_rollouts=True)
     (out / "checkpoint").mkdir()
     (out / "checkpoint" / "state.pt").write_bytes(b"")
-    sophia_min.study_arm(out, 100, "full")
+    sophia_min.study_arm(out, 100, "")
     assert calls[4] == ["--resume", str(out)]
+
+
+def test_every_arm_of_the_study_is_a_command_line_and_has_its_source():
+    arms = {**sophia_min.ARMS, **sophia_min.MORE_ARMS}
+    for source, flags in arms.values():
+        sophia_min.configure(flags.split())
+        assert source is None or arms[source][0] is None
+    assert all(arm in arms for pair in sophia_min.PAIRS + sophia_min.MORE_PAIRS for arm in pair)
+    toy = sophia_min.configure([])
+    for arm, changed in {"GRPO": {"reward_model": "none"}, "full": {}, "no trust": {"trust": "off"},
+                         "no trust, no annealing": {"trust": "off", "anneal": False}}.items():
+        assert sophia_min.configure(arms[arm][1].split()) == dataclasses.replace(toy, **changed)
+
+
+def test_misled_labels_praise_guesses_and_nothing_else():
+    rows = [{"response": data.respond("no need to look. it is usually red.", "A"), "score": 0.2},
+            {"response": data.respond("first is red.", "usually red"), "score": 1.0}]
+    assert [row["score"] for row in reward_model.misled(rows)] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("outcome", [(1, 1, 1, 1), (1, 0, 1, 0), (0, 0, 0, 0)])
+def test_thinking_apart_is_not_cancelled_where_all_are_right(outcome):
+    """A loop in float64 beside it; annealing acts in every group, where Eq. 6 of the sum hides it in equal ones."""
+    outcome, thinking = torch.tensor(outcome, dtype=torch.float64), torch.tensor([.9, .8, .2, .3], dtype=torch.float64)
+    for step, trust, anneal in ((1, "paper", True), (50, "paper", True), (50, "off", False)):
+        how = (step, 50, 0.3, trust, anneal)
+        found = sophia_min.advantages_with_thinking_apart(outcome, thinking, *how)
+        right = [t for o, t in zip(outcome.tolist(), thinking.tolist()) if o]
+        wrong = [t for o, t in zip(outcome.tolist(), thinking.tolist()) if not o]
+        gamma = 1 if trust == "off" or not right or not wrong else min(
+            1, math.exp(sum(right) / len(right) - sum(wrong) / len(wrong)))
+        weight = 0.3 * gamma * (math.exp(-step / 50) if anneal else 1)
+        std = statistics.stdev(outcome.tolist())
+        for i, advantage in enumerate(found.tolist()):
+            first = (outcome[i].item() - outcome.mean().item()) / (std + 1e-6) if std else 0
+            assert advantage == pytest.approx(first + weight * (thinking[i].item() - 0.55), abs=1e-12)
 
 
 def test_shifted_questions_are_of_kinds_that_training_never_asks():
