@@ -34,6 +34,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
@@ -49,6 +50,8 @@ from transformers import set_seed
 import data
 import reward_model
 from reward_model import SHORT_IDS, Optimizer, SharedPrompt, place
+
+RANK = int(os.environ.get("RANK", 0))  # set by torchrun
 
 # ---------------------------------------------------------------- section 3.3: the outcome reward R^o
 
@@ -423,12 +426,11 @@ def about(example, step):
 
 def held_out_rows(step, policy, processor, examples, config):
     """Sampled responses to questions never trained on, as rows for rollouts.jsonl: what a thinking reward model that
-    learns from this run can be judged by. The run goes on as if they had not been sampled."""
+    learns from this run can be judged by."""
     rows = []
     for first in tqdm(range(0, len(examples), 16), desc="responses to held-out questions, to judge a judge by"):
         part = examples[first:first + 16]
-        with torch.random.fork_rng():
-            batch = rollout(policy, processor, part, 4, config)
+        batch = rollout(policy, processor, part, 4, config)
         rows += [{**about(part[q], step), "held_out": True, "response": text, "outcome": reward_of(part[q], text)}
                  for q, text in zip(batch.owner.tolist(), batch.texts)]
     return rows
@@ -664,9 +666,7 @@ def save_checkpoint(config, step, policy, optimizer, examples):
     """All that a resumed run needs, put in place in one rename: the last checkpoint survives a crash."""
     state = {"step": step, "model": policy.state_dict(), "optimizer": optimizer.adamw.state_dict(),
              "masters": [m.detach() for w, m in zip(optimizer.weights, optimizer.masters) if m is not w],
-             "questions": [example.id for example in examples], "torch_rng": torch.get_rng_state(),
-             "python_rng": random.getstate(),
-             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+             "questions": [example.id for example in examples]}
     path = Path(config.out, "checkpoint", "state.pt")
     try:
         data.write_atomic(path, lambda file: torch.save(state, file))
@@ -696,10 +696,6 @@ def load_checkpoint(config, policy, optimizer, examples):
         own = [m for w, m in zip(optimizer.weights, optimizer.masters) if m is not w]
         for master, saved in zip(own, state["masters"]):
             master.copy_(saved)
-    torch.set_rng_state(state["torch_rng"])
-    random.setstate(state["python_rng"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda_rng"])
     for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl"):
         data.keep_lines(Path(config.out, name), lambda line: line["step"] <= state["step"])
     return state["step"]
@@ -764,6 +760,7 @@ def train(config):
     bar = tqdm(range(first, config.steps + 1), desc="GRPO", initial=first - 1, total=config.steps)
     for step in bar:
         chosen = [examples[i] for i in questions_of(step, len(examples), config.questions_per_step, config.seed)]
+        torch.manual_seed(zlib.crc32(f"{config.seed} {step} {RANK}".encode()))  # so that a resumed run needs no state
         try:
             line, groups = train_step(step, policy, reference, judge, optimizer, processor, chosen, config)
         except FloatingPointError as error:
