@@ -28,11 +28,16 @@ from reprlib import repr as show  # any value on one short line, nesting cut: a 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch.distributed.tensor import DTensor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+# One process, or several under torchrun: each computes its share, and rank 0 alone writes and shows.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+progress = functools.partial(tqdm, disable=RANK > 0)
 
 # The paper's five criteria of good thinking (Table 4), in our words: the judge is asked for them, the toy's oracle
 # computes them.
@@ -160,7 +165,7 @@ def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None 
 
     # cached: many questions share a picture
     find_picture = functools.cache(lambda name: check_picture(root, name, max_aspect, max_image_pixels, min_side))
-    for number, row in tqdm(rows, desc="checking rows", delay=1, leave=False, disable=not bar):
+    for number, row in tqdm(rows, desc="checking rows", delay=1, leave=False, disable=not bar or RANK > 0):
         try:
             if path.suffix.lower() == ".jsonl":
                 row = _parse(row)
@@ -400,7 +405,8 @@ class Processor:
 def check_lengths(examples, processor, longest, skip_bad=False, skipped_path=None):
     """The Examples whose prompts have at most `longest` tokens. Others raise DataError, or are left out and added to
     `skipped_path`; nothing is ever cut, since a cut picture would be another one."""
-    lengths = [processor.length(example) for example in tqdm(examples, desc="measuring prompts", delay=2, leave=False)]
+    lengths = [processor.length(example) for example in progress(examples, desc="measuring prompts", delay=2,
+                                                                 leave=False)]
     bad = [f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens, more than {longest:,}"
            for example, n in zip(examples, lengths) if n > longest]
     kept = [example for example, n in zip(examples, lengths) if n <= longest]
@@ -851,7 +857,7 @@ def toy_examples(n, seed, held_out=False, size=56, folder=None, shifted=False):
     folder = Path(folder or Path(tempfile.gettempdir()) / f"sophia_min_toy_{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)
     examples = []
-    questions = tqdm(toy_questions(n, seed, held_out, shifted), desc="drawing pictures", delay=2, leave=False)
+    questions = progress(toy_questions(n, seed, held_out, shifted), desc="drawing pictures", delay=2, leave=False)
     for i, question in enumerate(questions):
         image = folder / f"{size}_{zlib.crc32(repr(question.scene).encode()):08x}.png"
         if not image.exists():
@@ -931,6 +937,8 @@ def write_atomic(path, content):
     """Write a file so that a crash leaves the old one or the new one, never half. content: bytes, text (as UTF-8), or
     what writes into the open file. Raises OSError."""
     path = Path(path)
+    if RANK > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
         leftover.unlink()
@@ -958,6 +966,8 @@ def write_json(path, value):
 
 def append_line(path, text):
     """Append one line; it is on the disk when this returns. A half line left by a crash is closed first."""
+    if RANK > 0:
+        return
     with open(path, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -986,17 +996,24 @@ def keep_lines(path, wanted):
 
 def save_folder(folder, model, processor):
     """Model and processor in Hugging Face format, with SHA256SUMS, beside the old folder first, then in its place."""
-    folder = Path(folder)
+    folder, weights = Path(folder), {name: whole(weight) for name, weight in model.state_dict().items()}
+    if RANK > 0:
+        return
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    model.save_pretrained(new)
+    model.save_pretrained(new, state_dict=weights)
     processor.save_pretrained(new)
     write_atomic(new / "SHA256SUMS", "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(new.iterdir())))
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def whole(tensor):
+    """A tensor that may be spread over the ranks, in one piece; all ranks must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def damaged_files(folder):

@@ -8,16 +8,19 @@ import math
 import random
 import re
 import zlib
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-from transformers import DynamicCache, Qwen2_5_VLForConditionalGeneration
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import data
+from data import progress
 
 # ---------------------------------------------------------------- one prompt, many continuations
 
@@ -112,9 +115,14 @@ def generate(model, shared, owner, tails, max_new_tokens, temperature=None, scor
         sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
     out = model.generate(**inputs, **sampling, repetition_penalty=1.0, min_p=None, num_beams=1,
                          max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_scores=scores,
-                         output_logits=scores, **limits)
+                         output_logits=scores, synced_gpus=is_sharded(model), **limits)
     new = out.sequences[:, inputs["input_ids"].shape[1]:]
     return (new, torch.stack(out.logits, 1), torch.stack(out.scores, 1)) if scores else new
+
+
+def is_sharded(model):
+    """Whether the model is spread over ranks, which must then pass through it equally often."""
+    return isinstance(next(model.parameters()), DTensor)
 
 
 # ---------------------------------------------------------------- models, precision, supervised fine-tuning
@@ -130,50 +138,103 @@ def place(device="auto", attention="auto"):
     return device, torch.bfloat16 if device.startswith("cuda") else torch.float32, attention
 
 
+@contextmanager
+def one_line(name):
+    """Ends the run in one line where a model can't be had."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        raise SystemExit(f"{name} can't be loaded: {str(error).strip().splitlines()[0]} Is it a Qwen2.5-VL id or "
+                         "folder, and is there a network or a cached copy?") from error
+
+
+def load_config(name):
+    """The configuration of a Hugging Face id or folder."""
+    with one_line(name):
+        return Qwen2_5_VLConfig.from_pretrained(SHORT_IDS.get(name, name))
+
+
 def load(name, device="auto", attention="auto", max_pixels=None):
     """(model, Processor) of a Hugging Face id or folder; ends in one line where that isn't possible."""
     name, (device, dtype, attention) = SHORT_IDS.get(str(name), str(name)), place(device, attention)
     if damaged := data.damaged_files(name):
         raise SystemExit(f"{name} is damaged: {', '.join(damaged)} changed since it was saved (SHA256SUMS)")
-    try:
+    with one_line(name):
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype, attn_implementation=attention)
         processor = data.Processor.from_pretrained(name, max_pixels)
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"{name} can't be loaded: {str(error).strip().splitlines()[0]} Is it a Qwen2.5-VL id or "
-                         "folder, and is there a network or a cached copy?") from error
     return model.to(device).eval(), processor
 
 
 class Optimizer:
     """AdamW on fp32 master weights. A bf16 model computes; at lr 5e-7 its own weights would swallow the steps, since
-    bf16 keeps three digits. Gradients of a bf16 model are added up in fp32, too."""
+    bf16 keeps three digits. Gradients of a bf16 model are added up in fp32, too.
 
-    def __init__(self, model, lr, betas=(0.9, 0.999)):
+    `park`: masters and moments, 12 bytes a weight, stay in host memory, and AdamW runs there: what a card holds then
+    is the bf16 policy and the sum of its gradients, 6 bytes a weight instead of 18."""
+
+    def __init__(self, model, lr, betas=(0.9, 0.999), park=False):
         self.weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self.masters = [weight if weight.dtype != torch.bfloat16 else torch.nn.Parameter(weight.detach().float())
-                        for weight in self.weights]
-        for weight, master in zip(self.weights, self.masters):
-            if master is not weight:
-                weight.register_post_accumulate_grad_hook(lambda weight, master=master: self._collect(weight, master))
-        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=0.01)  # released config
+        self.apart = park or self.weights[0].dtype == torch.bfloat16
+        self.masters = self.weights if not self.apart else [
+            torch.nn.Parameter(weight.detach().to("cpu" if park else weight.device, torch.float32, copy=True))
+            for weight in self.weights]
+        self.sums = {}  # where masters are apart: fp32 gradients by weight
+        for weight in self.weights if self.apart else ():
+            weight.register_post_accumulate_grad_hook(self._collect)
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=0.01,  # released config
+                                       fused=park or None)
 
-    @staticmethod
-    def _collect(weight, master):
-        master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+    def _collect(self, weight):
+        self.sums[weight] = self.sums[weight].add_(weight.grad) if weight in self.sums else weight.grad.float()
         weight.grad = None
+
+    def gradients(self):
+        """The gradient of each weight so far, None where nothing reached it."""
+        return [self.sums.get(weight) if self.apart else weight.grad for weight in self.weights]
 
     def step(self, max_norm=4.0):  # released config
         """Clip, move the masters, copy them into the model. Returns the gradient's norm; raises before anything moves
         if it isn't finite."""
-        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        gradients = self.gradients()
+        norm = data.whole(torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]))
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}; no weight was moved")
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1).item()
+        for master, gradient in zip(self.masters, gradients):
+            master.grad = None if gradient is None else gradient.mul_(scale).to(master.device)
         self.adamw.step()
         self.adamw.zero_grad()
+        self.sums.clear()
         with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters):
+            for weight, master in zip(self.weights, self.masters) if self.apart else ():
                 weight.copy_(master)
         return norm.item()
+
+    def state(self, model):
+        """All that a resumed run needs of the model and of AdamW, in fp32 and in one piece: the same from one process
+        and from several."""
+        masters = dict(zip(self.weights, self.masters))
+        return {"weights": {name: data.whole(masters.get(weight, weight).detach())
+                            for name, weight in model.named_parameters()},
+                "adamw": tree_map(lambda value: data.whole(value) if isinstance(value, torch.Tensor) else value,
+                                  self.adamw.state_dict())}
+
+    @torch.no_grad()
+    def restore(self, model, saved):
+        """Put a saved state back, however many processes it came from."""
+        def spread(tensor, like):
+            if not isinstance(like, DTensor) or tensor.shape != like.shape:
+                return tensor
+            return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+        masters = dict(zip(self.weights, self.masters))
+        for name, weight in model.named_parameters():
+            weight.copy_(spread(saved["weights"][name], weight))
+            if weight in masters:
+                masters[weight].copy_(spread(saved["weights"][name], weight))
+        moments = {i: {name: spread(value, self.masters[i]) for name, value in parts.items()}
+                   for i, parts in saved["adamw"]["state"].items()}
+        self.adamw.load_state_dict({**saved["adamw"], "state": moments})
 
 
 def sft(model, items, encode, steps, per_step, lr, desc, seed=0):
@@ -182,7 +243,7 @@ def sft(model, items, encode, steps, per_step, lr, desc, seed=0):
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
     rng, queue = random.Random(seed), []
-    bar = tqdm(range(steps), desc=desc)
+    bar = progress(range(steps), desc=desc)
     for _ in bar:
         if len(queue) < per_step:
             queue = rng.sample(items, len(items))
@@ -437,7 +498,7 @@ def annotate(args):
     if args.judge != "toy":
         model, processor = load(args.judge, args.device, max_pixels=args.max_pixels)
         judge = ThinkingRewardModel(model, processor, args.rm_mode, args.rm_prompt)
-    for group in tqdm(groups, desc=f"scoring {sum(map(len, groups))} responses"):
+    for group in progress(groups, desc=f"scoring {sum(map(len, groups))} responses"):
         texts = [row["response"] for row in group]
         if judge:
             scores = judge.score([example_of(group[0])], [texts])[0].tolist()
@@ -550,7 +611,7 @@ def eval_command(args):
         model, processor = load(name, args.device, max_pixels=args.max_pixels)
         judge = ThinkingRewardModel(model, processor, args.rm_mode, args.rm_prompt)
         scores = {}
-        for group in tqdm(by_question(rows), desc=f"scores of {name}"):
+        for group in progress(by_question(rows), desc=f"scores of {name}"):
             found = judge.score([example_of(group[0])], [[row["response"] for row in group]])[0].tolist()
             scores.update(zip(map(key_of, group), found))
         results[name] = agreement(rows, [scores[key_of(row)] for row in rows])

@@ -37,21 +37,24 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean as mean, stdev
 
 import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import Qwen2_5_VLForConditionalGeneration, set_seed
 
 import data
 import reward_model
-from reward_model import SHORT_IDS, Optimizer, SharedPrompt, place
-
-RANK = int(os.environ.get("RANK", 0))  # set by torchrun
+from data import RANK, WORLD, progress
+from reward_model import SHORT_IDS, Optimizer, SharedPrompt, is_sharded, place
 
 # ---------------------------------------------------------------- section 3.3: the outcome reward R^o
 
@@ -279,8 +282,8 @@ def update(policy, reference, optimizer, batch, advantages, config):
         for first in range(0, len(batch.prompts), together):
             prompts = batch.prompts[first:first + together]
             rows = torch.arange(first * group, (first + len(prompts)) * group)
-            if config.kl_coef == 0 and not advantages[rows].any():
-                continue  # exact: without the KL term nothing pulls at such groups
+            if config.kl_coef == 0 and not advantages[rows].any() and not is_sharded(policy):
+                continue  # exact: without the KL term nothing pulls at such groups (but ranks must keep in step)
             shared = SharedPrompt(policy, prompts).cut()
             if config.kl_coef:
                 with torch.no_grad():
@@ -305,6 +308,83 @@ def update(policy, reference, optimizer, batch, advantages, config):
     return metrics
 
 
+# ---------------------------------------------------------------- precision, parking, sharding: what fits where
+
+
+def memory(config, policy_config, judge_config=None):
+    """Bytes by part that a run with these model configs will hold, [(part, bytes, where)], before any weight is loaded:
+    the parameters are counted on the real classes, built without memory. What one update's activations add grows with
+    --micro_batch and --max_pixels, and isn't in here."""
+    device, dtype, _ = place(config.device, config.attn)
+
+    def count(model_config, trained_only=False):
+        with torch.device("meta"):
+            model = Qwen2_5_VLForConditionalGeneration(copy.deepcopy(model_config))
+        model.model.visual.requires_grad_(not config.freeze_vision)
+        model.tie_weights()
+        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trained_only)
+
+    n, trained, text = count(policy_config), count(policy_config, True), policy_config.text_config
+    sharded, home = WORLD > 1, "host" if parked(config) else device
+    apart, size = parked(config) or dtype == torch.bfloat16 and not sharded, dtype.itemsize
+    tokens = config.questions_per_step // WORLD * config.group_size * (
+        config.max_pixels // 28 ** 2 + config.max_new_tokens)
+    head = text.hidden_size // text.num_attention_heads
+    share = f"{device}, a {WORLD}th a rank" if sharded else device
+    parts = [("policy, to compute with", n * size, device)] if apart else [
+        ("policy, fp32, to compute with and to train", n * 4, share)]
+    parts += [("policy, fp32 masters", trained * 4, home)] * apart
+    parts += [("gradients, fp32", trained * 4, share), ("AdamW's moments, fp32", trained * 8, home if apart else share)]
+    parts += [("reference", n * size, share)] * (config.kl_coef > 0)
+    parts += [("reward model", count(judge_config) * size, device)] if judge_config else []
+    return [*parts, (f"keys and values of a rollout, at most {tokens:,} tokens",
+                     tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size, device)]
+
+
+def print_memory(config):
+    """memory() of this run, as a table."""
+    model, own = reward_model.load_config(config.model), config.reward_model in ("toy", "misled", "base")
+    judge = None if config.reward_model == "none" or config.eval_only else model if own else reward_model.load_config(
+        config.reward_model)
+    for part, size, where in memory(config, model, judge):
+        amount = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+        print(f"{'memory':<14}{amount:>8}  {part} ({where})")
+
+
+def parked(config):
+    """Whether AdamW and its masters live in host memory."""
+    return config.park if config.park is not None else place(config.device)[0].startswith("cuda") and WORLD == 1
+
+
+def join_ranks(config):
+    """Under torchrun: meet the other processes, each with a GPU of its own."""
+    if WORLD > 1:
+        on_gpu = place(config.device)[0].startswith("cuda")
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if on_gpu else "gloo")
+
+
+def shard(model, dtype):
+    """Spread a model over the ranks (FSDP2): each keeps a part of parameters, gradients and AdamW's moments, and the
+    parts of a layer meet where it computes, in `dtype`. The root has the tied embeddings; the vision tower is a unit of
+    its own, since `generate` calls it by itself."""
+    how = {"mesh": init_device_mesh(model.device.type, (WORLD,)),
+           "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)}
+    visual = model.model.visual
+    for part in (*visual.blocks, visual, *model.model.language_model.layers, model):
+        fully_shard(part, **how)
+    return model
+
+
+def of_all_ranks(value):
+    """The values that the ranks call this with, in their order."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
 # ---------------------------------------------------------------- self-test and evaluation
 
 
@@ -325,7 +405,7 @@ def self_test(policy, processor, examples, config):
                                   end_ids(policy))
     width = logp.shape[1]
     gaps = (logp - seen[:, :width]).abs()[batch.mask[:, :width] == 1]
-    exact = policy.dtype != torch.bfloat16
+    exact = shared.keys_values[0][0].dtype != torch.bfloat16
     checks = {"computes": (gaps.max().item(), 1e-4) if exact else (gaps.mean().item(), BF16_TOLERANCE),
               "filters": ((filtered - seen).abs()[batch.mask == 1].max().item(), 1e-4)}  # on the same logits
     for name, (gap, tolerance) in checks.items():
@@ -342,20 +422,20 @@ BF16_TOLERANCE = 0.02  # nats, mean; the toy in bf16 on a CPU has 0.009 at most;
 def evaluate(policy, processor, examples, config, desc):
     """Greedy answers: {accuracy, format_rate, n, by_type}, and `soundness`, the share of right answers whose thinking
     is sound, where the examples know it. Right means R^o >= 0.5, as in Eq. 1. `right` holds one 0/1 a question."""
-    right, formatted, sound, kinds = [], [], [], {}
-    size = max(1, config.questions_per_step * config.group_size // 2)
-    for start in tqdm(range(0, len(examples), size), desc=desc):
-        part = list(examples[start:start + size])
-        batch = rollout(policy, processor, part, 1, config, greedy=True)
-        for example, text in zip(part, batch.texts):
-            right.append(int(reward_of(example, text) >= 0.5))
-            formatted.append(extract_answer(text) is not None)
-            kinds.setdefault(example.problem_type, []).append(right[-1])
-            if right[-1] and example.soundness:
-                sound.append(example.soundness(text) >= data.SOUND)
-
-    def mean(values):
-        return sum(values) / len(values)
+    right, formatted, sound, kinds, texts = [], [], [], {}, {}
+    size = max(1, config.questions_per_step * config.group_size // (2 * WORLD))
+    own = range(RANK, math.ceil(len(examples) / WORLD) * WORLD, WORLD)  # as many for each rank: some answer twice
+    for start in progress(range(0, len(own), size), desc=desc):
+        part = [i % len(examples) for i in own[start:start + size]]
+        batch = rollout(policy, processor, [examples[i] for i in part], 1, config, greedy=True)
+        texts.update(zip(part, batch.texts))
+    texts = {i: text for part in of_all_ranks(texts) for i, text in part.items()}
+    for i, example in enumerate(examples):
+        right.append(int(reward_of(example, texts[i]) >= 0.5))
+        formatted.append(extract_answer(texts[i]) is not None)
+        kinds.setdefault(example.problem_type, []).append(right[-1])
+        if right[-1] and example.soundness:
+            sound.append(example.soundness(texts[i]) >= data.SOUND)
 
     result = {"accuracy": mean(right), "format_rate": mean(formatted), "n": len(right),
               "by_type": {kind: {"accuracy": mean(hits), "n": len(hits)} for kind, hits in sorted(kinds.items())}}
@@ -384,11 +464,9 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
     scored = time.time()
 
     rewards, advantages = outcome.clone(), torch.stack([group_advantages(group) for group in outcome])  # [Q, G]
-    gammas, unscored, how = [None] * len(examples), 0, (step, config.steps, config.alpha, config.trust, config.anneal)
+    gammas, how = [None] * len(examples), (step, config.steps, config.alpha, config.trust, config.anneal)
     for q in range(len(examples) if judge else 0):
-        if thinking[q].isnan().any():
-            unscored += 1
-        else:
+        if not thinking[q].isnan().any():
             used = gated_thinking(outcome[q], thinking[q], config.trust)
             gammas[q] = 1.0 if config.trust == "off" else trust_weight(outcome[q], used).item()
         rewards[q] = combined_reward(outcome[q], thinking[q], *how)
@@ -398,23 +476,35 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
         raise FloatingPointError("a reward is not finite; no weight was moved")
     metrics = update(policy, reference, optimizer, batch, advantages.flatten(), config)
 
-    lengths, known = batch.mask.sum(1).float(), [gamma for gamma in gammas if gamma is not None]
-    usable = thinking[~thinking.isnan()] if judge else torch.empty(0)
-    line = {
-        "step": step, "outcome": outcome.mean().item(), "thinking": usable.mean().item() if len(usable) else None,
-        "gamma": sum(known) / len(known) if known else None,
-        "anneal": annealing(step, config.steps) if config.anneal else 1.0,
-        "reward_std": rewards.std(dim=1).mean().item(), **metrics, "length": lengths.mean().item(),
-        "format_rate": sum(extract_answer(text) is not None for text in batch.texts) / len(batch.texts),
-        "accuracy": (outcome >= 0.5).double().mean().item(), "truncated": batch.truncated, "unscored": unscored,
-        "zero_groups": int((advantages == 0).all(1).sum()), "mistrusted": sum(gamma < 1 for gamma in known),
-        "prompt_tokens": sum(len(p.ids) + len(p.tail) for p in batch.prompts) / len(batch.prompts),
-        "sec_rollout": sampled - start, "sec_score": scored - sampled, "sec_update": time.time() - scored}
+    lengths = batch.mask.sum(1).view(len(examples), -1).tolist()  # [Q, G]
     record = [{**about(example, step), "gamma": gammas[q],
                "responses": [{"response": text, "outcome": outcome[q, i].item(),
                               "thinking": None if not judge or thinking[q, i].isnan() else thinking[q, i].item(),
-                              "reward": rewards[q, i].item(), "advantage": advantages[q, i].item()}
+                              "reward": rewards[q, i].item(), "advantage": advantages[q, i].item(),
+                              "tokens": lengths[q][i]}
                              for i, text in enumerate(groups[q])]} for q, example in enumerate(examples)]
+    ends = time.time()
+    shares = of_all_ranks({**metrics, "truncated": batch.truncated, "prompt_tokens": mean(
+        len(prompt.ids) + len(prompt.tail) for prompt in batch.prompts)})
+    record = [group for part in of_all_ranks(record) for group in part]
+
+    def over_responses(name):
+        return [response[name] for group in record for response in group["responses"] if response[name] is not None]
+
+    known, scores = [group["gamma"] for group in record if group["gamma"] is not None], over_responses("thinking")
+    line = {
+        "step": step, "outcome": mean(over_responses("outcome")), "thinking": mean(scores) if scores else None,
+        "gamma": mean(known) if known else None, "anneal": annealing(step, config.steps) if config.anneal else 1.0,
+        "reward_std": mean(stdev(response["reward"] for response in group["responses"]) for group in record),
+        **{name: mean(share[name] for share in shares) for name in (*metrics, "prompt_tokens")},
+        "length": mean(over_responses("tokens")),
+        "format_rate": mean(extract_answer(text) is not None for text in over_responses("response")),
+        "accuracy": mean(value >= 0.5 for value in over_responses("outcome")),
+        "truncated": sum(share["truncated"] for share in shares), "unscored": (len(record) - len(known)) * bool(judge),
+        "zero_groups": sum(not any(response["advantage"] for response in group["responses"]) for group in record),
+        "mistrusted": sum(gamma < 1 for gamma in known),
+        "sec_rollout": sampled - start, "sec_score": scored - sampled, "sec_update": ends - scored,
+        "tokens_per_sec": sum(over_responses("tokens")) / (ends - start)}
     return line, record
 
 
@@ -428,7 +518,7 @@ def held_out_rows(step, policy, processor, examples, config):
     """Sampled responses to questions never trained on, as rows for rollouts.jsonl: what a thinking reward model that
     learns from this run can be judged by."""
     rows = []
-    for first in tqdm(range(0, len(examples), 16), desc="responses to held-out questions, to judge a judge by"):
+    for first in progress(range(0, len(examples), 16), desc="responses to held-out questions, to judge a judge by"):
         part = examples[first:first + 16]
         batch = rollout(policy, processor, part, 4, config)
         rows += [{**about(part[q], step), "held_out": True, "response": text, "outcome": reward_of(part[q], text)}
@@ -497,6 +587,8 @@ class Config:
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     attn: str = setting("auto", "auto: flash_attention_2 where it can be imported on CUDA, else sdpa",
                         choices=("auto", "sdpa", "flash_attention_2", "eager"))
+    park: bool = setting(None, "keep fp32 masters and AdamW's moments in host memory, and run AdamW there: 12 bytes a "
+                         "weight less on the card, some seconds a step more; default: on a single GPU")
     save_every: int = setting(100, "steps between checkpoints, also written at the end and on Ctrl-C", toy=25)
     save_rollouts: bool = setting(False, "write every response to rollouts.jsonl, for reward_model.py to learn from",
                                   flag=True)
@@ -538,7 +630,7 @@ def command_line():
     return parser
 
 
-FREE = {"device", "attn", "micro_batch", "save_every"}  # change no result: a continuation may have others
+FREE = {"device", "attn", "micro_batch", "park", "save_every"}  # change no result: a continuation may have others
 
 
 def configure(argv):
@@ -579,6 +671,8 @@ def configure(argv):
         (config.temperature <= 0, "--temperature must be positive: a group needs different responses"),
         (not 0 <= config.min_new_tokens <= config.max_new_tokens, "--min_new_tokens must lie in 0 .. --max_new_tokens"),
         (config.max_new_tokens < 1, "--max_new_tokens must be 1 or more"),
+        (config.questions_per_step % WORLD, f"--questions_per_step must be a multiple of {WORLD}, the number of "
+         "processes: each takes as many"),
         (config.inner_epochs < 1, "--inner_epochs must be 1 or more"),
         (config.micro_batch < 1, "--micro_batch must be 1 or more"),
         (config.toy_pixels < 28, "--toy_pixels must be 28 or more"),
@@ -644,7 +738,7 @@ def load_judge(config, policy, processor, judge_start):
         name = config.model if config.reward_model == "base" else config.reward_model
         return reward_model.ThinkingRewardModel(*load(name, config), config.rm_mode, config.rm_prompt)
     examples, rows = data.toy_examples(800, f"judge {config.seed}", folder=Path(config.out, "pictures")), []
-    for first in tqdm(range(0, len(examples), 50), desc="reward model 1/2: responses of the policy to learn from"):
+    for first in progress(range(0, len(examples), 50), desc="reward model 1/2: responses of the policy to learn from"):
         part = examples[first:first + 50]
         batch = rollout(policy, processor, part, 4, config)
         rows += [{"id": part[q].id, "example": part[q], "response": text, "score": part[q].soundness(text),
@@ -664,9 +758,7 @@ def load_judge(config, policy, processor, judge_start):
 
 def save_checkpoint(config, step, policy, optimizer, examples):
     """All that a resumed run needs, put in place in one rename: the last checkpoint survives a crash."""
-    state = {"step": step, "model": policy.state_dict(), "optimizer": optimizer.adamw.state_dict(),
-             "masters": [m.detach() for w, m in zip(optimizer.weights, optimizer.masters) if m is not w],
-             "questions": [example.id for example in examples]}
+    state = {"step": step, "questions": [example.id for example in examples], **optimizer.state(policy)}
     path = Path(config.out, "checkpoint", "state.pt")
     try:
         data.write_atomic(path, lambda file: torch.save(state, file))
@@ -690,12 +782,7 @@ def load_checkpoint(config, policy, optimizer, examples):
     if state["questions"] != [example.id for example in examples] and not config.change_settings:
         raise SystemExit(f"{config.data} doesn't hold the questions that the run began with; restore them, or add "
                          "--change_settings")
-    policy.load_state_dict(state["model"])
-    optimizer.adamw.load_state_dict(state["optimizer"])
-    with torch.no_grad():
-        own = [m for w, m in zip(optimizer.weights, optimizer.masters) if m is not w]
-        for master, saved in zip(own, state["masters"]):
-            master.copy_(saved)
+    optimizer.restore(policy, state)
     for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl"):
         data.keep_lines(Path(config.out, name), lambda line: line["step"] <= state["step"])
     return state["step"]
@@ -714,7 +801,9 @@ def train(config):
         raise SystemExit(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
     examples, held_out, data_line = load_data(config)
     print(f"policy        {model_name}\nreward model  {config.reward_model}\ndata          {data_line}\n"
-          f"computing     {device}, {str(dtype)[6:]}, {attention} attention")
+          f"computing     {device}, {str(dtype)[6:]}, {attention} attention{f', {WORLD} processes' * (WORLD > 1)}")
+    if config.model != "toy":
+        print_memory(config)
     out.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
     policy, processor, judge_start = load_policy(config)
@@ -730,7 +819,9 @@ def train(config):
     judge = load_judge(config, policy, processor, judge_start)
     del judge_start
     reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
-    optimizer = Optimizer(policy, config.lr)
+    if WORLD > 1:
+        policy, reference = shard(policy.float(), dtype), reference and shard(reference, dtype)
+    optimizer = Optimizer(policy, config.lr, park=parked(config))
     mixed = examples[:4] + [example for example in examples if example.image is None][:1]
     gap = self_test(policy, processor, mixed, config)
     print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
@@ -757,9 +848,10 @@ def train(config):
 
     shown, unscored = {1, config.steps // 2, config.steps}, deque(maxlen=50)  # groups, the latest
     stopping = StopAfterStep()
-    bar = tqdm(range(first, config.steps + 1), desc="GRPO", initial=first - 1, total=config.steps)
+    bar = progress(range(first, config.steps + 1), desc="GRPO", initial=first - 1, total=config.steps)
     for step in bar:
         chosen = [examples[i] for i in questions_of(step, len(examples), config.questions_per_step, config.seed)]
+        chosen = chosen[RANK::WORLD]
         torch.manual_seed(zlib.crc32(f"{config.seed} {step} {RANK}".encode()))  # so that a resumed run needs no state
         try:
             line, groups = train_step(step, policy, reference, judge, optimizer, processor, chosen, config)
@@ -767,6 +859,12 @@ def train(config):
             ids = ", ".join(example.id for example in chosen)
             raise SystemExit(f"step {step}: {error}. Questions: {ids}. The last checkpoint is intact: "
                              f"{out / 'checkpoint'}") from error
+        except torch.OutOfMemoryError as error:
+            raise SystemExit(f"step {step}: {str(error).splitlines()[0]} What helps, most first: --max_pixels below "
+                             f"{config.max_pixels}, --micro_batch below {config.micro_batch}, --questions_per_step or "
+                             "--group_size (the rollout's cache), --max_new_tokens, --freeze_vision, --park true, "
+                             f"--kl_coef 0 (no reference). Go on with --resume {out} and --change_settings, or start "
+                             "again.") from error
         data.append_line(out / "log.jsonl", json.dumps(line, allow_nan=False))
         if config.save_rollouts:
             save_rows({**{name: value for name, value in group.items() if name != "responses"}, **response}
@@ -783,7 +881,7 @@ def train(config):
                 unscored = None  # said once
         bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
                          if line[name] is not None})
-        stop = stopping.asked  # read once: a Ctrl-C between saving and stopping must not lose the step
+        stop = any(of_all_ranks(stopping.asked))  # asked once: a Ctrl-C between saving and stopping loses nothing
         if step % config.save_every == 0 or step == config.steps or stop:
             save_checkpoint(config, step, policy, optimizer, examples)
         if stop:
@@ -793,7 +891,8 @@ def train(config):
     if config.save_rollouts:
         save_rows(held_out_rows(config.steps, policy, processor, held_out[:200], config))
     data.save_folder(out / "model", policy, processor)
-    data.write_report(out)
+    if RANK == 0:
+        data.write_report(out)
     print(data.table({"before": before, "after": after}))
     print(f"Look at {out / 'report.html'}; the trained model is {out / 'model'}")
 
@@ -883,7 +982,9 @@ def main(argv=None):
     """The command line. Exit status 2 for data or settings that can't be used, 130 after a Ctrl-C."""
     config, on_interrupt = configure(argv), signal.getsignal(signal.SIGINT)
     try:
-        study(config) if config.study else train(config)
+        join_ranks(config)
+        with redirect_stdout(open(os.devnull, "w")) if RANK else nullcontext():
+            study(config) if config.study else train(config)
     except data.DataError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
@@ -895,6 +996,8 @@ def main(argv=None):
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
