@@ -45,6 +45,8 @@ class SharedPrompt:
 
     def __init__(self, model, prompts):
         device, config = model.device, model.config
+        if is_sharded(model) and all(prompt.pixel_values is None for prompt in prompts):
+            prompts = [*prompts, blank_picture(config)]  # ranks must pass through the vision tower equally often
         ids, mask = pad([prompt.ids for prompt in prompts], "left", config.text_config.pad_token_id or 0)  # [B, P]
         self.ids, self.mask = ids.to(device), mask.to(device)
         seen = [prompt for prompt in prompts if prompt.pixel_values is not None]
@@ -54,11 +56,12 @@ class SharedPrompt:
         self.positions, delta = model.model.get_rope_index(  # [3, B, P], [B, 1]
             self.ids, mm_token_type_ids=is_image, image_grid_thw=grid, attention_mask=self.mask)
         self.next_position = self.mask.sum(-1) + delta.squeeze(-1)  # [B]
-        cache = model(input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, pixel_values=pixels,
-                      image_grid_thw=grid, use_cache=True, logits_to_keep=1).past_key_values
-        if cache is None:
+        output = model(input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, pixel_values=pixels,
+                       image_grid_thw=grid, use_cache=True, logits_to_keep=1)
+        if output.past_key_values is None:
             raise RuntimeError("the model dropped its cache: switch gradient checkpointing off, it works against it")
-        self.keys_values = [(layer.keys, layer.values) for layer in cache.layers]  # each [B, heads, P, dim]
+        self.keys_values = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        self.end = [output.logits] if is_sharded(model) else []  # each of keys and values: [B, heads, P, dim]
 
     def cut(self):
         """Make keys and values leaves: backward passes through continuations add their gradients up there, and
@@ -69,8 +72,10 @@ class SharedPrompt:
         return self
 
     def backward(self):
-        """The second half of the backward pass: from the keys and values into the prompt."""
-        torch.autograd.backward(self.computed, [leaf.grad for leaf in self.leaves])
+        """The second half of the backward pass: from the keys and values into the prompt. FSDP gathers a layer's
+        weights when the backward pass reaches its output, so there it starts, with zeros, from the model's end."""
+        torch.autograd.backward(self.computed + self.end, [
+            leaf.grad for leaf in self.leaves] + [torch.zeros_like(end) for end in self.end])
 
     def continued(self, owner, ids, mask):
         """The model's arguments for rows [N, T] of which row n continues prompt owner[n]."""
@@ -118,6 +123,14 @@ def generate(model, shared, owner, tails, max_new_tokens, temperature=None, scor
                          output_logits=scores, synced_gpus=is_sharded(model), **limits)
     new = out.sequences[:, inputs["input_ids"].shape[1]:]
     return (new, torch.stack(out.logits, 1), torch.stack(out.scores, 1)) if scores else new
+
+
+def blank_picture(config):
+    """The Prompt of a picture of one token, for nobody to continue."""
+    vision = config.vision_config
+    side, values = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    return data.Prompt([config.vision_start_token_id, config.image_token_id, config.vision_end_token_id], [],
+                       torch.zeros(side * side, values), torch.tensor([[1, side, side]]))
 
 
 def is_sharded(model):

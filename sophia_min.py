@@ -330,7 +330,7 @@ def memory(config, policy_config, judge_config=None):
     tokens = config.questions_per_step // WORLD * config.group_size * (
         config.max_pixels // 28 ** 2 + config.max_new_tokens)
     head = text.hidden_size // text.num_attention_heads
-    share = f"{device}, a {WORLD}th a rank" if sharded else device
+    share = f"{device}, in {WORLD} parts" if sharded else device
     parts = [("policy, to compute with", n * size, device)] if apart else [
         ("policy, fp32, to compute with and to train", n * 4, share)]
     parts += [("policy, fp32 masters", trained * 4, home)] * apart
@@ -988,6 +988,10 @@ def main(argv=None):
     except data.DataError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if WORLD == 1 or "Connection closed by peer" not in str(error):
+            raise
+        raise SystemExit(f"process {RANK} ends because another one did") from None
     except KeyboardInterrupt:
         saved = (Path(config.out) / "checkpoint" / "state.pt").exists()
         print("\nstopped at once; " + (f"the last checkpoint is whole: go on with --resume {config.out}" if saved else

@@ -3533,6 +3533,185 @@ def test_groups_that_say_nothing_or_all_the_same(road, road_examples, monkeypatc
     assert all(value is None or math.isfinite(value) for value in line.values())
 
 
+# ---------------------------------------------------------------- several processes, and what fits where
+
+FIXED_ROLLOUTS = """
+import copy, dataclasses, os, random, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+import data, reward_model, sophia_min
+torch.set_num_threads(1)
+rank, world, out = sophia_min.RANK, sophia_min.WORLD, sys.argv[2]
+config = sophia_min.configure(["--micro_batch", "2", "--questions_per_step", "4", "--group_size", "3"])
+sophia_min.join_ranks(config)
+model, processor = data.toy_model(0)
+questions, examples, rng = data.toy_questions(4, 0), data.toy_examples(4, 0), random.Random(0)
+examples[1::2] = [dataclasses.replace(example, image=None) for example in examples[1::2]]  # no picture on rank 1
+texts = [[question.response(rng, flaw) for flaw in (None, "haste", "redundancy")] for question in questions]
+advantages, own = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), list(range(4))[rank::world]
+ids = [processor.encode(text) + [processor.tokenizer.eos_token_id] for q in own for text in texts[q]]
+batch = sophia_min.Rollout([examples[q] for q in own], [processor.question(examples[q]) for q in own],
+                           torch.arange(len(own)).repeat_interleave(3), *reward_model.pad(ids, "right"), [], 0)
+reference = copy.deepcopy(model).requires_grad_(False)
+torch.manual_seed(1)
+with torch.no_grad():
+    for weight in reference.parameters():
+        weight.add_(torch.randn_like(weight) * 0.01)
+if world > 1:
+    sophia_min.shard(model, torch.float32), sophia_min.shard(reference, torch.float32)
+    assert reward_model.is_sharded(model) and sum(
+        w.to_local().numel() for w in model.parameters()) < 0.6 * sum(w.numel() for w in model.parameters())
+optimizer, losses = reward_model.Optimizer(model, 1e-3), []
+for _ in range(3):
+    metrics = sophia_min.update(model, reference, optimizer, batch, advantages[own].flatten(), config)
+    losses.append(sophia_min.mean(share["loss"] for share in sophia_min.of_all_ranks(metrics)))
+advantages[1::2] = 0  # without a KL term nothing to learn from on rank 1
+config.kl_coef = 0.0
+sophia_min.update(model, reference, optimizer, batch, advantages[own].flatten(), config)
+state = optimizer.state(model)
+if rank == 0:
+    torch.save({"losses": losses, **state}, f"{out}/{world}.pt")
+"""
+STOPPED_RUN = """
+class StopAtOnce:
+    asked = rank == 1  # one rank's Ctrl-C must stop all
+sophia_min.StopAfterStep = StopAtOnce
+if world > 1:
+    sophia_min.join_ranks = lambda config: None  # they have met
+    sophia_min.main(sys.argv[3:])
+"""
+FAILING_RANK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import sophia_min, torch
+torch.set_num_threads(1)
+step = sophia_min.train_step
+def train_step(*args):
+    if sophia_min.RANK == 1:
+        raise FloatingPointError("rank 1 has a bad day")
+    return step(*args)
+sophia_min.train_step = train_step
+sophia_min.main(sys.argv[2:])
+"""
+
+
+def torchrun(script, *arguments):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                           str(random.Random(os.getpid() + len(arguments)).randint(20000, 40000)), str(script),
+                           str(Path(sophia_min.__file__).parent), *map(str, arguments)],
+                          capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_two_processes_are_one(toy_run, real_rows, tmp_path):
+    """On fixed rollouts of unequal lengths, without pictures on one of them: the same losses and, after three updates
+    and one that has nothing to learn from on one of them, the same parameters and moments. Then a sampled run on two,
+    stopped on one of them, goes on in a single process."""
+    script, folder, out = tmp_path / "ranks.py", tmp_path / "folder", tmp_path / "out"
+    script.write_text(FIXED_ROLLOUTS + STOPPED_RUN)
+    data.save_folder(folder, *sophia_min.load(str(toy_run / "checkpoint" / "start"), sophia_min.configure([])))
+    settings = ["--model", folder, "--reward_model", toy_run / "checkpoint" / "reward_model", "--data", real_rows,
+                "--steps", 3, "--questions_per_step", 2, "--group_size", 3, "--max_new_tokens", 24, "--max_pixels",
+                3136, "--lr", 1e-4, "--out", out]
+    alone = subprocess.run([sys.executable, str(script), str(Path(sophia_min.__file__).parent), str(tmp_path)],
+                           capture_output=True, text=True)
+    assert alone.returncode == 0, alone.stderr[-2000:]
+    both = torchrun(script, tmp_path, *settings)
+    assert "stopped after step 1; go on with" in both.stderr, both.stderr[-3000:]
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
+    assert one["losses"] == pytest.approx(two["losses"], abs=1e-5)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(weight, two["weights"][name], rtol=0, atol=3e-5, msg=name)  # 3 steps of up to 1e-3
+    for i, moments in one["adamw"]["state"].items():
+        for name, value in moments.items():
+            torch.testing.assert_close(value, two["adamw"]["state"][i][name], rtol=1e-3, atol=1e-5)
+    line, = data.read_lines(out / "log.jsonl")
+    assert line["step"] == 1 and line["outcome"] >= 0 and both.stdout.count("policy  ") == 1
+    sophia_min.main(["--resume", str(out)])
+    assert [line["step"] for line in data.read_lines(out / "log.jsonl")] == [1, 2, 3]
+    assert set(json.loads((out / "eval.json").read_text())) == {"before", "after"}
+
+
+def test_a_failing_process_ends_all(toy_run, real_rows, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING_RANK)
+    ended = torchrun(script, "--model", toy_run / "model", "--reward_model", "none", "--data", real_rows, "--steps", 2,
+                     "--questions_per_step", 2, "--group_size", 2, "--max_new_tokens", 6, "--max_pixels", 3136, "--out",
+                     tmp_path / "out")
+    assert ended.returncode != 0 and ended.stderr.count("step 1: rank 1 has a bad day") == 1
+    assert "sophia_min.py\", line" not in ended.stderr  # no traceback of those that it took along
+
+
+def test_a_parked_optimizer_takes_the_same_steps(road):
+    """Masters and moments elsewhere change nothing but where they are: in fp32 the weights stay those of torch's own
+    AdamW."""
+    model, bare = copy.deepcopy(road[0]), copy.deepcopy(road[0])
+    parked, plain = sophia_min.Optimizer(model, 1e-3, park=True), torch.optim.AdamW(bare.parameters(), 1e-3)
+    assert all(master is not weight for master, weight in zip(parked.masters, parked.weights))
+    plain.param_groups[0]["weight_decay"] = 0.01
+    for step in range(3):
+        for net in (model, bare):
+            torch.manual_seed(step)
+            sum((weight * torch.randn_like(weight)).sum() for weight in net.parameters()).backward()
+        torch.nn.utils.clip_grad_norm_(bare.parameters(), 4.0)
+        parked.step()
+        plain.step()
+        plain.zero_grad()
+    for a, b in zip(model.parameters(), bare.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("more", [(), ("--freeze_vision",), ("--park", "true"), ("--kl_coef", "0")])
+def test_memory_by_part_is_that_of_the_tensors(road, tmp_path, more):
+    """The table's arithmetic against what a model, its optimizer after a step, and a cache really hold."""
+    config = sophia_min.configure(["--model", "x", "--data", "y.json", *more])
+    model = copy.deepcopy(road[0])
+    model.model.visual.requires_grad_(not config.freeze_vision)
+    optimizer = sophia_min.Optimizer(model, 1e-3, park=sophia_min.parked(config))
+    sum((weight * 2).sum() for weight in optimizer.weights).backward()
+
+    def size(tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    gradients = size(optimizer.gradients())
+    optimizer.step()
+    moments = size(value for state in optimizer.adamw.state.values() for value in (state["exp_avg"],
+                                                                                    state["exp_avg_sq"]))
+    whole, trained = size(model.parameters()), size(optimizer.weights)
+    with torch.no_grad():
+        example = data.toy_examples(1, 0, folder=tmp_path)[0]
+        shared = sophia_min.SharedPrompt(model, [road[1].question(example)])
+    a_token = size(tensor for pair in shared.keys_values for tensor in pair) // shared.ids.numel()
+    tokens = config.questions_per_step * config.group_size * (config.max_pixels // 784 + config.max_new_tokens)
+    found = sophia_min.memory(config, model.config, model.config)
+    sizes = {part.split(",")[0]: amount for part, amount, _ in found}
+    assert [sizes[name] for name in ("policy", "gradients", "AdamW's moments", "reward model")] == [
+        trained if config.park else whole, gradients, moments, whole]
+    assert sizes.get("reference") == (whole if config.kl_coef else None)
+    assert sizes["keys and values of a rollout"] == tokens * a_token
+    if config.park:  # the policy twice, and the masters aside
+        assert [(amount, where) for part, amount, where in found if part.startswith("policy")] == [
+            (whole, "cpu"), (size(optimizer.masters), "host")]
+        assert dict((part, where) for part, _, where in found)["AdamW's moments, fp32"] == "host"
+
+
+def test_a_real_models_memory_is_printed_before_it_is_loaded(toy_run, real_rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sophia_min, "load_policy", lambda config: sys.exit("not loaded"))
+    with pytest.raises(SystemExit, match="not loaded"):
+        folder_run(toy_run, tmp_path / "out", "--data", str(real_rows))
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+    assert len(shown) == 6 and "MB  policy, fp32" in shown[0] and "reward model" in shown[4]
+
+
+def test_a_full_card_names_what_helps(toy_run, real_rows, tmp_path, monkeypatch):
+    def train_step(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+
+    monkeypatch.setattr(sophia_min, "train_step", train_step)
+    with pytest.raises(SystemExit, match="step 1: CUDA out of memory.*--max_pixels.*--micro_batch.*--freeze_vision"):
+        small_run(toy_run, tmp_path / "out", real_rows, "--steps", "1")
+
+
 # ---------------------------------------------------------------- the study
 
 
