@@ -3887,16 +3887,25 @@ def test_help_names_the_sources(capsys):
 BENCH = {"prompt-heavy": (840, 64, 3, 6.0, 3.0), "response-heavy": (112, 256, 4, 1.15, 1.0)}
 
 
-def bench_model(folder):
-    """A Qwen2.5-VL of 4.6 million parameters with the toy's tokenizer, saved in `folder`."""
+def shaped_model(text, vision, dtype=torch.float32, device="cpu"):
+    """(random weights in a shape, the toy's tokenizer and image processor)"""
     toy, processor = data.toy_model(0)
     config = toy.config.to_dict()
-    config["text_config"] |= dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8)
-    config["vision_config"] |= dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=256)
+    config["text_config"] |= text
+    config["vision_config"] |= vision
     del config["text_config"]["layer_types"]
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(config)).eval()
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_dict(config), dtype=dtype).eval()
     model.generation_config = toy.generation_config
+    return model, processor
+
+
+def bench_model(folder):
+    """A Qwen2.5-VL of 4.6 million parameters with the toy's tokenizer, saved in `folder`."""
+    model, processor = shaped_model(
+        dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8),
+        dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=256))
     data.save_folder(folder, model, processor)
     return processor
 
@@ -4037,6 +4046,83 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
     faster_by, smaller_by = (found["TRL"] / found["ours"] for found in (median, memory))
     print(f"  {faster_by:.2f} times as fast, in 1/{smaller_by:.2f} of the memory")
     assert faster_by > faster and smaller_by > smaller
+
+
+@pytest.mark.bench
+def test_how_the_cost_of_a_step_grows(tmp_path, monkeypatch):
+    """Seconds of rollout and update when one thing doubles: the prompt is shared, so its cost doesn't grow with G."""
+    processor = bench_model(tmp_path / "model")
+    policy = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    reference, optimizer = copy.deepcopy(policy).requires_grad_(False), sophia_min.Optimizer(policy, 1e-6)
+    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
+    threads, base = torch.get_num_threads(), dict(prompt=484, response=64, responses=8, questions=1)
+    torch.set_num_threads(1)
+
+    def measured(prompt, response, responses, questions):
+        side, path = round(math.sqrt(prompt)) * 28, tmp_path / f"{prompt}.png"
+        noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+        config = dataclasses.replace(road_config(), group_size=responses, questions_per_step=questions, micro_batch=8,
+                                     max_new_tokens=response, min_new_tokens=response, reward_model="none")
+        examples = [data.Example(str(n), "How many?", "numerical", (), "2", str(path), "b") for n in range(questions)]
+        lines = [sophia_min.train_step(1, policy, reference, None, optimizer, processor, examples, config)[0]
+                 for _ in range(4)][1:]
+        return {name: statistics.median(line[name] for line in lines)
+                for name in ("prompt_tokens", "sec_rollout", "sec_update", "tokens_per_sec")}
+
+    print(f"\n{'':<28}{'prompt':>8}{'rollout':>9}{'update':>9}{'tokens/s':>10}")
+    found = {}
+    for name, more in {"base: 8 responses of 64": {}, "twice the prompt": {"prompt": 961},
+                       "twice the response": {"response": 128}, "twice the responses": {"responses": 16},
+                       "twice the questions": {"questions": 2}}.items():
+        found[name] = line = measured(**{**base, **more})
+        print(f"{name:<28}{line['prompt_tokens']:>8.0f}{line['sec_rollout']:>8.2f}s{line['sec_update']:>8.2f}s"
+              f"{line['tokens_per_sec']:>10.0f}")
+    torch.set_num_threads(threads)
+    seconds = {name: line["sec_rollout"] + line["sec_update"] for name, line in found.items()}
+    assert seconds["twice the responses"] < 1.9 * seconds["base: 8 responses of 64"]
+
+
+# what only a GPU can show: python -m pytest -q -m gpu -s
+QWEN_3B = (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+                num_key_value_heads=2, vocab_size=151936),
+           dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048,
+                fullatt_block_indexes=[7, 15, 23, 31]))
+
+
+def two_steps(shape, device, dtype, side, tokens, folder):
+    """Log lines of two full GRPO steps, eight responses, with a reference and a judge of the same shape."""
+    policy, processor = shaped_model(*shape, dtype=dtype, device=device)
+    reference, judge = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
+    judge = reward_model.ThinkingRewardModel(judge, processor)
+    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "x.png")
+    example = data.Example("x", "How many?", "numerical", (), "2", str(folder / "x.png"), "gpu")
+    config = dataclasses.replace(road_config(), group_size=8, questions_per_step=1, micro_batch=4, lr=5e-7,
+                                 kl_coef=0.04, max_new_tokens=tokens, min_new_tokens=tokens, device=device)
+    optimizer = sophia_min.Optimizer(policy, config.lr, park=sophia_min.parked(config))
+    print(f"\nself-test: {sophia_min.self_test(policy, processor, [example], config):.2g} nats a token")
+    return [sophia_min.train_step(step, policy, reference, judge, optimizer, processor, [example], config)[0]
+            for step in (1, 2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_two_steps_in_the_shape_of_3b_on_one_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
+    lines = two_steps(QWEN_3B, "cuda", torch.bfloat16, 896, 512, tmp_path)
+    print(torch.cuda.get_device_name(), "\n".join(json.dumps(
+        {name: line[name] for name in line if "sec" in name or name == "prompt_tokens"}) for line in lines), sep="\n")
+    print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the card")
+    assert all(line["length"] == 512 and line["prompt_tokens"] > 1000 for line in lines)
+    assert torch.cuda.max_memory_allocated() < 80e9
+
+
+def test_the_gpu_test_runs_in_a_small_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
+    small = (dict(num_hidden_layers=2), dict(depth=1, fullatt_block_indexes=[0]))
+    lines = two_steps(small, "cpu", torch.bfloat16, 112, 12, tmp_path)
+    assert all(line["length"] == 12 and line["grad_norm"] > 0 for line in lines)
 
 
 # ---------------------------------------------------------------- the README's exercises
