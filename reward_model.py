@@ -2,6 +2,7 @@
 number, R^t. Below it, what all of sophia_min uses: the shared prompt, loading, AdamW, supervised fine-tuning."""
 import argparse
 import copy
+import difflib
 import importlib.util
 import json
 import math
@@ -655,21 +656,34 @@ def eval_command(args):
     print(f"{args.out}.json, {args.out}.png")
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors of one line that say what was meant."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help lists all\n")
+
+    def parse_args(self, argv=None):
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            self.error(f"{unknown[0]}: there is no such option" + (f"; do you mean {near[0]}?" if near else ""))
+        return args
+
+
 def main(argv=None):
     """python reward_model.py collect|annotate|balance|train|eval"""
-    parser = argparse.ArgumentParser(prog="reward_model.py", description=__doc__)
+    parser = Parser(prog="reward_model.py", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="collect|annotate|balance|train|eval")
 
     def command(function, name, **options):
         about = function.__doc__
-        sub = commands.add_parser(name, help=about, description=about,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(run=function)
         for option, (default, about, *choices) in options.items():
             how = {"action": "store_true"} if default is False else {
-                "required": default is None, "default": argparse.SUPPRESS if default is None else default,
+                "required": default is None, "default": default,
                 "type": str if default is None else type(default), "choices": choices or None}
-            sub.add_argument(f"--{option}", help=about, **how)
+            sub.add_argument(f"--{option}", help=f"{about} (default: {default})" if default else about, **how)
         return sub
 
     model = {"device": ("auto", "auto, cpu, cuda or cuda:N"), "max_pixels": (1003520, "of pictures")}
@@ -698,8 +712,7 @@ def main(argv=None):
         sub = command(function, name, **options)
         sub.add_argument("rows", help="JSON lines")
         if name == "eval":
-            sub.add_argument("--judge", nargs="+", required=True, default=argparse.SUPPRESS,
-                             help="Hugging Face ids or folders to compare")
+            sub.add_argument("--judge", nargs="+", required=True, help="Hugging Face ids or folders to compare")
     args = parser.parse_args(argv)
     try:
         args.run(args)

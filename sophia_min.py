@@ -3,6 +3,7 @@
     python sophia_min.py                                  # the toy world on a CPU: learns in about five minutes
     python sophia_min.py --trust off --out runs/no_trust  # the same without Eq. 3
     python sophia_min.py --model Qwen/Qwen2.5-VL-3B --data rows.json --image_root images    # the real one, on a GPU
+    torchrun --nproc_per_node=8 sophia_min.py --model Qwen/Qwen2.5-VL-7B --data rows.json --image_root images
 
 A question's group of N responses earns an outcome reward by rule (R^o) and a thinking reward from a model (R^t). If
 wrong answers got better thinking scores than right ones, the judge isn't to be trusted here, and its weight gamma
@@ -19,6 +20,7 @@ Departures from the paper, all of them:
 - The thinking reward model reads the response as a turn of its own, after picture and question, and is asked in our
   words; the released one reads one decoded text. It may check the claims in writing before it scores (`--rm_mode
   reason`, the toy's default); theirs can't. `--trust released` repeats their gating of R^t: `released_gate`.
+- `--normalize outcome` and `--reward_model misled` are ours, for the study; the paper has neither.
 - Responses of a group share one computation of their prompt (`reward_model.SharedPrompt`): faster, the same numbers.
 """
 import argparse
@@ -613,11 +615,12 @@ def command_line():
         return text.lower() == "true"
 
     about = __doc__.split("\n\n")
-    parser = argparse.ArgumentParser(prog="sophia_min.py", description=about[0], epilog=about[1],
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reward_model.Parser(prog="sophia_min.py", description=about[0], epilog=about[1],
+                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     for item in fields(Config):
         meta, kind = item.metadata, item.type
-        source = meta["source"] if item.default is None else f"{str(item.default).lower()}: {meta['source']}"
+        default = str(item.default).lower() if kind is bool else item.default
+        source = meta["source"] if item.default is None else f"{default}: {meta['source']}"
         source += "" if meta["toy"] is None else f"; {meta['toy']} with --model toy"
         if meta["flag"]:
             how = dict(action="store_const", const=True)

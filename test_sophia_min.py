@@ -3695,6 +3695,35 @@ def test_memory_by_part_is_that_of_the_tensors(road, tmp_path, more):
         assert dict((part, where) for part, _, where in found)["AdamW's moments, fp32"] == "host"
 
 
+# shapes of the published models: language model, vision tower
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
+QWEN_3B = (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+                num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True),
+           {**VISION, "out_hidden_size": 2048})
+QWEN_7B = (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
+           {**VISION, "out_hidden_size": 3584})
+
+
+@pytest.mark.parametrize("shape, weights, world", [(QWEN_3B, 3_754_622_976, 1), (QWEN_7B, 8_292_166_656, 8)],
+                         ids=["3B_on_one_GPU", "7B_on_eight_GPUs"])
+def test_memory_of_the_published_sizes(shape, weights, world, monkeypatch):
+    """python -m pytest -q -s -k published_sizes prints the table; the reward model has 3B."""
+    policy, judge = (Qwen2_5_VLConfig(text_config=text, vision_config=vision,
+                                      tie_word_embeddings=text["tie_word_embeddings"])
+                     for text, vision in (shape, QWEN_3B))
+    monkeypatch.setattr(sophia_min, "place", lambda *_: ("cuda", torch.bfloat16, "sdpa"))
+    monkeypatch.setattr(sophia_min, "WORLD", world)
+    found = sophia_min.memory(sophia_min.configure(["--model", "x", "--data", "y.json"]), policy, judge)
+    print()
+    for part, size, where in found:
+        print(f"{size / 1e9:6.1f} GB  {part} ({where})")
+    assert found[0][1] == weights * (2 if world == 1 else 4)
+    on_card = sum(size / (world if "parts" in where else 1) for _, size, where in found if where != "host")
+    print(f"{on_card / 1e9:6.1f} GB on a card, without the update's activations")
+    assert on_card < 60e9
+
+
 def test_a_real_models_memory_is_printed_before_it_is_loaded(toy_run, real_rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sophia_min, "load_policy", lambda config: sys.exit("not loaded"))
     with pytest.raises(SystemExit, match="not loaded"):
@@ -4084,10 +4113,6 @@ def test_how_the_cost_of_a_step_grows(tmp_path, monkeypatch):
 
 
 # what only a GPU can show: python -m pytest -q -m gpu -s
-QWEN_3B = (dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-                num_key_value_heads=2, vocab_size=151936),
-           dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048,
-                fullatt_block_indexes=[7, 15, 23, 31]))
 
 
 def two_steps(shape, device, dtype, side, tokens, folder):
