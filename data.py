@@ -1149,10 +1149,11 @@ def thinking_share(rows):
     deviation in a run's first and last third of steps (None without such groups)."""
     groups, last = {}, max(row["step"] for row in rows)
     for row in rows:
-        groups.setdefault((row["step"], row["id"]), []).append(row)
+        if not row.get("held_out"):
+            groups.setdefault((row["step"], row["id"]), []).append(row)
     parts = ([], [])
     for (step, _), group in groups.items():
-        if all(row["outcome"] >= 0.5 for row in group) and not last / 3 < step <= last * 2 / 3:
+        if {row["outcome"] for row in group} == {1} and not last / 3 < step <= last * 2 / 3:
             parts[step > last / 2].append(np.std([row["advantage"] for row in group], ddof=1))
     return [float(np.mean(part)) if part else None for part in parts]
 
