@@ -1066,6 +1066,8 @@ def plot(panels):
                                 layout="constrained", squeeze=False)
     for axis, panel in zip(axes.flat, panels):
         panel(axis)
+    for axis in axes.flat[len(panels):]:
+        axis.set_visible(False)
     png = io.BytesIO()
     figure.savefig(png, dpi=80)
     plt.close(figure)
