@@ -1090,6 +1090,17 @@ scored 0.5 or more</span> <span class=mistrusted>gamma below 1: wrong answers go
 four groups with the lowest gamma."""
 
 
+def thumbnail(path):
+    """A picture in small, as base64 of a PNG, so that the report needs nothing but the run's folder. None for None."""
+    if path is None:
+        return None
+    file, picture = io.BytesIO(), open_picture(path)
+    picture.thumbnail((320, 320))
+    size = (picture.width * 2, picture.height * 2) if picture.width < 160 else picture.size
+    picture.resize(size, Image.NEAREST).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 def write_report(out):
     """report.html from what a run left in `out`: one self-contained page with the curves and some groups."""
     out, log = Path(out), read_lines(Path(out) / "log.jsonl")
@@ -1104,18 +1115,14 @@ def write_report(out):
     names = ("model", "reward_model", "trust", "alpha", "steps", "seed")
     chosen = ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
     parts = [PAGE, f"<h1>sophia_min: {html.escape(out.name)}</h1><p>{html.escape(chosen)}", "<pre>",
-             html.escape(table(json.loads((out / "eval.json").read_text()))), "</pre>", _inline(curves), LEGEND]
+             html.escape(table(json.loads((out / "eval.json").read_text()))), "</pre>",
+             _inline(base64.b64encode(curves).decode()), LEGEND]
     for group in read_lines(out / "groups.jsonl"):
         asked, gamma = html.escape(" ".join([group["problem"], *group["options"]])), group["gamma"]
         trust = "not scored" if gamma is None else f"gamma {gamma:.2f}"
         trust = f"<span class=mistrusted>{trust}</span>" if gamma is not None and gamma < 1 else trust
         parts.append(f"<h2>step {group['step']}: {asked} (truth: {html.escape(group['solution'])}) {trust}</h2>")
-        if group["image"]:
-            picture, shown = io.BytesIO(), open_picture(group["image"])
-            shown.thumbnail((320, 320))
-            wide = (shown.width * 2, shown.height * 2) if shown.width < 160 else shown.size
-            shown.resize(wide, Image.NEAREST).save(picture, "PNG")
-            parts.append(_inline(picture.getvalue()))
+        parts.append(_inline(group["thumbnail"]))
         parts.append("<table><tr><th>response<th>R^o<th>R^t<th>R<th>A")
         for response in group["responses"]:
             right, thinking = response["outcome"] >= 0.5, response["thinking"]
@@ -1212,4 +1219,4 @@ def write_study(path, folders, pairs):
 
 
 def _inline(png):
-    return f"<img src='data:image/png;base64,{base64.b64encode(png).decode()}'>" if png else ""
+    return f"<img src='data:image/png;base64,{png}'>" if png else ""

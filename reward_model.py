@@ -254,7 +254,7 @@ class Optimizer:
 def sft(model, items, encode, steps, per_step, lr, desc, seed=0):
     """Supervised fine-tuning: cross-entropy on the target tokens only. encode(item) gives (Prompt, tails, targets), all
     rows of one prompt, which is computed once. Linear warm-up and decay. Changes `model` in place."""
-    optimizer = Optimizer(model, lr, betas=(0.9, 0.95))
+    optimizer = Optimizer(model, lr, betas=(0.9, 0.95), park=model.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
     rng, queue = random.Random(seed), []
     bar = progress(range(steps), desc=desc)

@@ -874,7 +874,8 @@ def train(config):
                       for group in groups for response in group["responses"])
         if step in shown:
             for group in sorted(groups, key=lambda group: group["gamma"] or 1)[:4]:  # the least trusted ones
-                data.append_line(out / "groups.jsonl", json.dumps(group))
+                shown_group = {**group, "thumbnail": data.thumbnail(group["image"])}
+                data.append_line(out / "groups.jsonl", json.dumps(shown_group))
         if judge and unscored is not None:
             unscored.extend(group["gamma"] is None for group in groups)
             if len(unscored) == 50 and sum(unscored) > 25:

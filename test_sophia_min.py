@@ -1,14 +1,17 @@
 """What must hold, by the sections of the paper; then the road, against the plain computation; then whole runs. Oracles
 are loops written from the paper, other libraries, or plain `model(...)` and `model.generate(...)`."""
+import base64
 import copy
 import ctypes
 import dataclasses
 import gc
+import io
 import itertools
 import json
 import math
 import os
 import random
+import re
 import resource
 import signal
 import stat
@@ -3112,7 +3115,25 @@ def test_run_leaves_what_the_design_says(toy_run):
     assert lines[0]["kl"] == 0 and abs(lines[0]["loss"]) < 1e-6 < lines[-1]["kl"]
     assert all(line["anneal"] == pytest.approx(math.exp(-line["step"] / 40)) for line in lines)
     page = (toy_run / "report.html").read_text()
-    assert page.count("<table>") >= 4 and "data:image/png" in page and "http" not in page
+    assert page.count("<table>") >= 4 and page.count("data:image/png") == page.count("<table>") + 1
+    assert "http" not in page and len(page) < 3e6
+
+
+def test_the_report_needs_nothing_but_the_runs_folder(toy_run, tmp_path):
+    """A copy without the pictures gives the same page, but for the folder's name."""
+    for name in ("config.json", "log.jsonl", "eval.json", "groups.jsonl"):
+        (tmp_path / name).write_bytes((toy_run / name).read_bytes())
+    lines = [{**line, "image": "gone.png"} for line in data.read_lines(tmp_path / "groups.jsonl")]
+    (tmp_path / "groups.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data.write_report(tmp_path)
+    made, page = (re.sub("<h1>.*</h1>", "", (out / "report.html").read_text()) for out in (tmp_path, toy_run))
+    assert made == page
+
+
+def test_a_thumbnail_is_small_and_of_the_picture(tmp_path):
+    Image.new("RGB", (3000, 1000), "red").save(tmp_path / "x.png")
+    picture = Image.open(io.BytesIO(base64.b64decode(data.thumbnail(tmp_path / "x.png"))))
+    assert picture.size == (320, 107) and picture.getpixel((9, 9)) == (255, 0, 0) and data.thumbnail(None) is None
 
 
 def test_warm_start_is_in_format_and_neither_blind_nor_done(toy_run):
