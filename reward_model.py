@@ -569,9 +569,10 @@ def train_command(args):
     judge = train(*load(args.model, args.device, max_pixels=args.max_pixels), rows, steps, args.per_step, args.lr,
                   args.rm_mode, args.seed, f"SFT on {len(rows)} responses")
     data.save_folder(args.out, judge.model, judge.processor)
-    write_rows(Path(args.out, "held_out.jsonl"), held_out)
-    print(f"{args.out}: for sophia_min.py --reward_model. held_out.jsonl there has {len(held_out)} rows about pictures "
-          "that it didn't learn from.")
+    print(f"{args.out}: for sophia_min.py --reward_model")
+    if not args.all_rows:
+        write_rows(Path(args.out, "held_out.jsonl"), held_out)
+        print(f"held_out.jsonl there has {len(held_out)} rows about pictures that it didn't learn from")
 
 
 def ranks(values):

@@ -39,7 +39,7 @@ import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -829,9 +829,6 @@ def train(config):
     gap = self_test(policy, processor, mixed, config)
     print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
     data.write_json(out / "config.json", {**asdict(config), "resume": None, "change_settings": False})
-    def save_rows(rows):
-        data.append_line(out / "rollouts.jsonl", "\n".join(map(json.dumps, rows)))
-
     if config.resume:
         first = load_checkpoint(config, policy, optimizer, examples) + 1
         before = json.loads((out / "eval.json").read_text())["before"]
@@ -847,35 +844,17 @@ def train(config):
         before = evaluate(policy, processor, held_out, config, "greedy answers before GRPO")
         data.write_json(out / "eval.json", {"before": before})
         if config.save_rollouts:
-            save_rows(held_out_rows(0, policy, processor, held_out[:200], config))
+            save_rows(out, held_out_rows(0, policy, processor, held_out[:200], config))
 
-    shown, unscored = {1, config.steps // 2, config.steps}, deque(maxlen=50)  # groups, the latest
-    stopping = StopAfterStep()
+    unscored, stopping = deque(maxlen=50), StopAfterStep()  # unscored: of the latest groups
     bar = progress(range(first, config.steps + 1), desc="GRPO", initial=first - 1, total=config.steps)
     for step in bar:
         chosen = [examples[i] for i in questions_of(step, len(examples), config.questions_per_step, config.seed)]
         chosen = chosen[RANK::WORLD]
         torch.manual_seed(zlib.crc32(f"{config.seed} {step} {RANK}".encode()))  # so that a resumed run needs no state
-        try:
+        with explained(step, chosen, config):
             line, groups = train_step(step, policy, reference, judge, optimizer, processor, chosen, config)
-        except FloatingPointError as error:
-            ids = ", ".join(example.id for example in chosen)
-            raise SystemExit(f"step {step}: {error}. Questions: {ids}. The last checkpoint is intact: "
-                             f"{out / 'checkpoint'}") from error
-        except torch.OutOfMemoryError as error:
-            raise SystemExit(f"step {step}: {str(error).splitlines()[0]} What helps, most first: --max_pixels below "
-                             f"{config.max_pixels}, --micro_batch below {config.micro_batch}, --questions_per_step or "
-                             "--group_size (the rollout's cache), --max_new_tokens, --freeze_vision, --park true, "
-                             f"--kl_coef 0 (no reference). Go on with --resume {out} and --change_settings, or start "
-                             "again.") from error
-        data.append_line(out / "log.jsonl", json.dumps(line, allow_nan=False))
-        if config.save_rollouts:
-            save_rows({**{name: value for name, value in group.items() if name != "responses"}, **response}
-                      for group in groups for response in group["responses"])
-        if step in shown:
-            for group in sorted(groups, key=lambda group: group["gamma"] or 1)[:4]:  # the least trusted ones
-                shown_group = {**group, "thumbnail": data.thumbnail(group["image"])}
-                data.append_line(out / "groups.jsonl", json.dumps(shown_group))
+        write_step(out, line, groups, config)
         if judge and unscored is not None:
             unscored.extend(group["gamma"] is None for group in groups)
             if len(unscored) == 50 and sum(unscored) > 25:
@@ -893,12 +872,45 @@ def train(config):
     after = evaluate(policy, processor, held_out, config, "greedy answers after GRPO")
     data.write_json(out / "eval.json", {"before": before, "after": after})
     if config.save_rollouts:
-        save_rows(held_out_rows(config.steps, policy, processor, held_out[:200], config))
+        save_rows(out, held_out_rows(config.steps, policy, processor, held_out[:200], config))
     data.save_folder(out / "model", policy, processor)
     if RANK == 0:
         data.write_report(out)
     print(data.table({"before": before, "after": after}))
     print(f"Look at {out / 'report.html'}; the trained model is {out / 'model'}")
+
+
+@contextmanager
+def explained(step, examples, config):
+    """Ends the run in one line that says what to do, where a number isn't finite or a card is full."""
+    kept = f"The last checkpoint is intact: {Path(config.out, 'checkpoint')}"
+    try:
+        yield
+    except FloatingPointError as error:
+        ids = ", ".join(example.id for example in examples)
+        raise SystemExit(f"step {step}: {error}. Questions: {ids}. {kept}") from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"step {step}: {str(error).splitlines()[0]} What helps, most first: --max_pixels below "
+                         f"{config.max_pixels}, --micro_batch below {config.micro_batch}, --questions_per_step or "
+                         "--group_size (the rollout's cache), --max_new_tokens, --freeze_vision, --park true, "
+                         f"--kl_coef 0 (no reference). {kept}") from error
+
+
+def save_rows(out, rows):
+    """Responses, for reward_model.py to learn from."""
+    data.append_line(out / "rollouts.jsonl", "\n".join(map(json.dumps, rows)))
+
+
+def write_step(out, line, groups, config):
+    """What a step leaves: its line in the log, some groups for the report and, if wanted, every response."""
+    data.append_line(out / "log.jsonl", json.dumps(line, allow_nan=False))
+    if config.save_rollouts:
+        save_rows(out, ({**{name: value for name, value in group.items() if name != "responses"}, **response}
+                        for group in groups for response in group["responses"]))
+    if line["step"] in (1, config.steps // 2, config.steps):
+        for group in sorted(groups, key=lambda group: group["gamma"] or 1)[:4]:  # the least trusted ones
+            group = {**group, "thumbnail": data.thumbnail(group["image"])}
+            data.append_line(out / "groups.jsonl", json.dumps(group))
 
 
 class StopAfterStep:
