@@ -261,7 +261,7 @@ def sft(model, items, encode, steps, per_step, lr, desc, seed=0):
     for _ in bar:
         if len(queue) < per_step:
             queue = rng.sample(items, len(items))
-        batch = [encode(queue.pop()) for _ in range(per_step)]
+        batch = [encode(queue.pop()) for _ in range(min(per_step, len(items)))]
         owner = torch.tensor([b for b, (_, tails, _) in enumerate(batch) for _ in tails])
         tails, targets = ([row for entry in batch for row in entry[part]] for part in (1, 2))
         shared = SharedPrompt(model, [prompt for prompt, _, _ in batch])
@@ -466,6 +466,9 @@ def read_rows(path, *needed):
     for number, row in enumerate(rows, 1):
         for name in {"id", "image", "problem", "problem_type", "options", "solution", "response", *needed} - set(row):
             raise SystemExit(f"{path}: row {number} ({row.get('id')}): {name}: is missing")
+        if "score" in needed and (type(row["score"]) not in (int, float) or not 0 <= row["score"] <= 1):
+            raise SystemExit(f"{path}: row {number} ({row['id']}): score: must be a number from 0 to 1, is "
+                             f"{data.show(row['score'])}")
     return rows
 
 
@@ -562,6 +565,8 @@ def train_command(args):
         held_out = [row for row in rows if in_tenth(row)]
         rows = [row for row in rows if not in_tenth(row)]
     rows = [{**row, "example": example_of(row)} for row in rows]
+    if not rows:
+        raise SystemExit(f"{args.rows}: all {len(held_out)} rows would be held out: add --all_rows, or more rows")
     if args.shuffle_scores:
         rows = shuffled(rows, args.seed)
     torch.manual_seed(args.seed)
@@ -604,8 +609,8 @@ def agreement(rows, scores):
         return auc(scores[chosen & sound], scores[chosen & ~sound])
 
     def fault(name):  # against the rows without any fault
-        having = np.array([row["faults"][name] > 0 for row in rows])
-        return auc(scores[[not any(row["faults"].values()) for row in rows]], scores[having])
+        faultless = np.array([not any(row["faults"].values()) for row in rows], bool)
+        return auc(scores[faultless], scores[np.array([row["faults"][name] > 0 for row in rows], bool)])
 
     spread = len(set(labels)) > 1 and len(set(scores)) > 1
     return {
@@ -635,7 +640,7 @@ def eval_command(args):
     names = [name for name in results["a constant"] if name != "calibration"]
     print(" " * 34 + "".join(f"{Path(name).name[-14:]:>16}" for name in results))
     for name in names:
-        values = [result[name] for result in results.values()]
+        values = [result.get(name) for result in results.values()]
         print(f"{name:<34}" + "".join(f"{'-' if value is None else format(value, '.3g'):>16}" for value in values))
 
     def calibration(axis):
@@ -648,7 +653,7 @@ def eval_command(args):
     def separation(axis):
         shown = [name for name in names if name.startswith("auc")]
         for name, result in results.items():
-            axis.plot([math.nan if result[row] is None else result[row] for row in shown], range(len(shown)), "o",
+            axis.plot([math.nan if result.get(row) is None else result[row] for row in shown], range(len(shown)), "o",
                       label=Path(name).name)
         axis.set(yticks=range(len(shown)), yticklabels=shown, xlim=(0, 1), xlabel="sound above flawed")
         axis.invert_yaxis()
@@ -666,7 +671,10 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            parsers = [self, *(sub for action in self._actions for sub in (action.choices or {}).values()
+                               if isinstance(action.choices, dict))]
+            names = [name for parser in parsers for name in parser._option_string_actions]
+            near = difflib.get_close_matches(unknown[0], names, 1)
             self.error(f"{unknown[0]}: there is no such option" + (f"; do you mean {near[0]}?" if near else ""))
         return args
 

@@ -345,7 +345,7 @@ def memory(config, policy_config, judge_config=None):
 
 def print_memory(config):
     """memory() of this run, as a table."""
-    model, own = reward_model.load_config(config.model), config.reward_model in ("toy", "misled", "base")
+    model, own = reward_model.load_config(config.model), config.reward_model in TRAINED_HERE
     judge = None if config.reward_model == "none" or config.eval_only else model if own else reward_model.load_config(
         config.reward_model)
     for part, size, where in memory(config, model, judge):
@@ -633,6 +633,7 @@ def command_line():
     return parser
 
 
+TRAINED_HERE = ("toy", "base", "misled")  # judges; base only where the toy's model is: else the model itself
 FREE = {"device", "attn", "micro_batch", "park", "save_every"}  # change no result: a continuation may have others
 
 
@@ -660,9 +661,14 @@ def configure(argv):
                               else item.metadata["toy"] for item in fields(Config)}, **given})
         if config.eval_only and "reward_model" not in given:
             config.reward_model = "none"
+        if "rm_mode" not in given and config.reward_model not in TRAINED_HERE:
+            config.rm_mode = None  # as it was trained
         if config.study and "out" not in given:
             config.out = "runs/study"
-    toy = config.model == "toy"
+    toy, trained_here = config.model == "toy", config.reward_model in TRAINED_HERE and (
+        config.model == "toy" or config.reward_model != "base")
+    ignored = set(given) - {"study", "study_seeds", "study_more", "out"}
+    cuda = re.fullmatch(r"cuda(:\d+)?", config.device)
     for wrong, why in [
         (config.group_size < 2, "--group_size must be 2 or more: Eq. 6 compares a response with its group"),
         (config.steps < 1, "--steps must be 1 or more; --eval_only trains nothing"),
@@ -670,18 +676,27 @@ def configure(argv):
         (config.alpha < 0, "--alpha must not be negative: it would reward bad thinking"),
         (config.kl_coef < 0, "--kl_coef must not be negative"),
         (not 0 < config.clip_eps < 1, "--clip_eps must lie between 0 and 1"),
-        (config.lr <= 0, "--lr must be positive"),
-        (config.temperature <= 0, "--temperature must be positive: a group needs different responses"),
+        (not 0 < config.lr < math.inf, "--lr must be positive"),
+        (not 0 < config.temperature < math.inf, "--temperature must be positive: a group needs different responses"),
         (not 0 <= config.min_new_tokens <= config.max_new_tokens, "--min_new_tokens must lie in 0 .. --max_new_tokens"),
         (config.max_new_tokens < 1, "--max_new_tokens must be 1 or more"),
         (config.questions_per_step % WORLD, f"--questions_per_step must be a multiple of {WORLD}, the number of "
          "processes: each takes as many"),
         (config.inner_epochs < 1, "--inner_epochs must be 1 or more"),
         (config.micro_batch < 1, "--micro_batch must be 1 or more"),
+        (config.save_every < 1, "--save_every must be 1 or more"),
+        (not 0 <= config.seed < 2 ** 32, "--seed must be 0 or more, and below 2**32"),
+        (config.study_seeds < 1, "--study_seeds must be 1 or more"),
+        (config.study and ignored, f"--study has its own settings: --{', --'.join(sorted(ignored))} would be ignored"),
+        (not cuda and config.device not in ("auto", "cpu"), "--device must be auto, cpu, cuda or cuda:N"),
+        (cuda and not torch.cuda.is_available(), f"--device {config.device}: torch sees no CUDA device here"),
+        (config.rm_prompt and trained_here, "--rm_prompt is for a judge that is loaded, not trained here"),
+        (config.rm_prompt and not Path(config.rm_prompt).is_file(), f"--rm_prompt {config.rm_prompt}: no such file"),
         (config.toy_pixels < 28, "--toy_pixels must be 28 or more"),
+        (toy and config.toy_pixels != 56, "--toy_pixels: the toy model reads 56 pixels, a token for each cell"),
         (config.max_pixels < 3136, "--max_pixels must be 3136 (56 x 56) or more"),
         (config.data == "toy-shifted" and not config.eval_only, "--data toy-shifted is for --eval_only"),
-        (config.data != "toy" and (config.reward_model in ("toy", "misled") or toy and config.reward_model == "base"),
+        (config.data != "toy" and trained_here,
          f"--reward_model {config.reward_model} learns from the toy world's oracle; with --data FILE choose none, or a "
          "folder or id"),
     ]:
@@ -737,10 +752,11 @@ def load_judge(config, policy, processor, judge_start):
         return None
     if config.resume and kept.exists():
         return reward_model.ThinkingRewardModel(*load(str(kept), config), config.rm_mode, config.rm_prompt)
-    if config.reward_model not in ("toy", "base", "misled") or config.model != "toy" and config.reward_model == "base":
+    if config.reward_model not in TRAINED_HERE or config.model != "toy" and config.reward_model == "base":
         name = config.model if config.reward_model == "base" else config.reward_model
         return reward_model.ThinkingRewardModel(*load(name, config), config.rm_mode, config.rm_prompt)
-    examples, rows = data.toy_examples(800, f"judge {config.seed}", folder=Path(config.out, "pictures")), []
+    examples = data.toy_examples(800, f"judge {config.seed}", False, config.toy_pixels, Path(config.out, "pictures"))
+    rows = []
     for first in progress(range(0, len(examples), 50), desc="reward model 1/2: responses of the policy to learn from"):
         part = examples[first:first + 50]
         batch = rollout(policy, processor, part, 4, config)
@@ -751,7 +767,8 @@ def load_judge(config, policy, processor, judge_start):
     rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=300, seed=config.seed)
     if config.reward_model == "base":  # it learns to write scores, and that they mean nothing
         rows = reward_model.shuffled(rows, config.seed)
-    return reward_model.train(copy.deepcopy(judge_start), processor, rows, steps=250, per_step=12, lr=1.5e-3,
+    return reward_model.train(copy.deepcopy(judge_start), processor, rows, steps=250, per_step=12,
+                              lr=1.5e-3 if config.model == "toy" else 1e-5,
                               mode=config.rm_mode, seed=config.seed,
                               desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
 
@@ -787,7 +804,8 @@ def load_checkpoint(config, policy, optimizer, examples):
                          "--change_settings")
     optimizer.restore(policy, state)
     for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl"):
-        data.keep_lines(Path(config.out, name), lambda line: line["step"] <= state["step"])
+        data.keep_lines(Path(config.out, name), lambda line: line["step"] <= state["step"] and not (
+            line["step"] and "held_out" in line))  # those after the last step come again
     return state["step"]
 
 
@@ -839,11 +857,11 @@ def train(config):
             (out / name).unlink(missing_ok=True)
         if config.model == "toy" or Path(config.model).exists():  # can't be had again by id
             data.save_folder(out / "checkpoint" / "start", policy, processor)
-        if judge and (config.reward_model in ("toy", "base", "misled") or Path(config.reward_model).exists()):
+        if judge and (config.reward_model in TRAINED_HERE or Path(config.reward_model).exists()):
             data.save_folder(out / "checkpoint" / "reward_model", judge.model, judge.processor)
         before = evaluate(policy, processor, held_out, config, "greedy answers before GRPO")
         data.write_json(out / "eval.json", {"before": before})
-        if config.save_rollouts:
+        if config.save_rollouts and not same:
             save_rows(out, held_out_rows(0, policy, processor, held_out[:200], config))
 
     unscored, stopping = deque(maxlen=50), StopAfterStep()  # unscored: of the latest groups
@@ -871,7 +889,7 @@ def train(config):
             raise SystemExit(f"stopped after step {step}; go on with: python sophia_min.py --resume {out}")
     after = evaluate(policy, processor, held_out, config, "greedy answers after GRPO")
     data.write_json(out / "eval.json", {"before": before, "after": after})
-    if config.save_rollouts:
+    if config.save_rollouts and not same:
         save_rows(out, held_out_rows(config.steps, policy, processor, held_out[:200], config))
     data.save_folder(out / "model", policy, processor)
     if RANK == 0:
@@ -882,18 +900,13 @@ def train(config):
 
 @contextmanager
 def explained(step, examples, config):
-    """Ends the run in one line that says what to do, where a number isn't finite or a card is full."""
-    kept = f"The last checkpoint is intact: {Path(config.out, 'checkpoint')}"
+    """Ends the run in one line where a number of this step isn't finite."""
     try:
         yield
     except FloatingPointError as error:
         ids = ", ".join(example.id for example in examples)
-        raise SystemExit(f"step {step}: {error}. Questions: {ids}. {kept}") from error
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"step {step}: {str(error).splitlines()[0]} What helps, most first: --max_pixels below "
-                         f"{config.max_pixels}, --micro_batch below {config.micro_batch}, --questions_per_step or "
-                         "--group_size (the rollout's cache), --max_new_tokens, --freeze_vision, --park true, "
-                         f"--kl_coef 0 (no reference). {kept}") from error
+        raise SystemExit(f"step {step}: {error}. Questions: {ids}. The last checkpoint is intact: "
+                         f"{Path(config.out, 'checkpoint')}") from error
 
 
 def save_rows(out, rows):
@@ -1004,6 +1017,12 @@ def main(argv=None):
     except data.DataError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(
+            f"{str(error).splitlines()[0]} What helps, most first: --max_pixels below {config.max_pixels}, --micro_batch "
+            f"below {config.micro_batch}, --questions_per_step or --group_size (the rollout's cache), --max_new_tokens, "
+            "--freeze_vision, --park true, --kl_coef 0 (no reference). A last checkpoint, if there is one in "
+            f"{config.out}, is intact.") from error
     except RuntimeError as error:
         if WORLD == 1 or "Connection closed by peer" not in str(error):
             raise

@@ -2886,6 +2886,40 @@ def test_train_and_eval_commands(toy_rollouts, capsys):
     assert result[str(folder / "number")]["unscored"] == 0  # "expected" always has one
 
 
+def test_eval_reports_a_judge_that_scores_nothing(toy_rollouts, capsys):
+    folder, _ = toy_rollouts
+    data.save_folder(folder / "untrained", *data.toy_model(0))
+    reward_model.main(["annotate", str(folder / "a" / "rollouts.jsonl"), "--judge", "toy", "--out",
+                       str(folder / "l.jsonl")])
+    reward_model.main(["eval", str(folder / "l.jsonl"), "--judge", str(folder / "untrained"), "--out",
+                       str(folder / "eval")])
+    result = json.loads((folder / "eval.json").read_text())
+    assert result[str(folder / "untrained")]["unscored"] == 1 and result["a constant"]["unscored"] == 0
+
+
+@pytest.mark.parametrize("score", ["0.5", 3, None, -0.1, True])
+def test_a_label_that_is_no_score_is_named(toy_rollouts, score):
+    folder, rows = toy_rollouts
+    reward_model.write_rows(folder / "l.jsonl", [{**rows[0], "score": 1}, {**rows[1], "score": score}])
+    with pytest.raises(SystemExit, match=r"l.jsonl: row 2 \(toy-train-0-0\): score: must be a number"):
+        reward_model.main(["balance", str(folder / "l.jsonl"), "--out", str(folder / "x.jsonl")])
+
+
+def test_a_mistyped_option_of_a_command_is_named(capsys):
+    with pytest.raises(SystemExit):
+        reward_model.main(["balance", "x", "--out", "y", "--per_intervall", "3"])
+    assert "do you mean --per_interval?" in capsys.readouterr().err
+
+
+def test_few_rows_are_enough_to_learn_from(toy_rollouts):
+    folder, rows = toy_rollouts
+    reward_model.write_rows(folder / "l.jsonl", [{**row, "score": 0.5} for row in rows[:6]])
+    data.save_folder(folder / "start", *data.toy_model(0))
+    reward_model.main(["train", str(folder / "l.jsonl"), "--model", str(folder / "start"), "--all_rows", "--epochs",
+                       "1", "--out", str(folder / "out")])
+    assert (folder / "out" / "config.json").exists() and not (folder / "out" / "held_out.jsonl").exists()
+
+
 def test_ranks_and_auc_are_those_of_counting():
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -3247,17 +3281,21 @@ def test_folders_and_rows_run_end_to_end(toy_run, real_rows, tmp_path, capsys):
     assert "multiple choice" in capsys.readouterr().out
 
 
-def test_saving_rollouts_changes_nothing_and_keeps_held_out_ones_apart(toy_run, real_rows, tmp_path):
-    for name, more in (("with", ["--save_rollouts"]), ("without", [])):
+def test_saving_rollouts_changes_nothing_and_keeps_held_out_ones_apart(toy_run, real_rows, tmp_path, monkeypatch):
+    """A finished run, asked to go on, has them once; where evaluation uses the training rows, nothing is held out."""
+    load = sophia_min.load_data
+    for name, more in (("same", ["--save_rollouts"]), ("without", []), ("with", ["--save_rollouts"])):
+        if name != "same":
+            monkeypatch.setattr(sophia_min, "load_data", lambda c: (load(c)[0][:3], load(c)[0][3:], "x"))
         small_run(toy_run, tmp_path / name, real_rows, "--steps", "2", *more)
+    sophia_min.main(["--resume", str(tmp_path / "with")])
     with_, without = (data.read_lines(tmp_path / name / "log.jsonl") for name in ("with", "without"))
     assert [{k: v for k, v in line.items() if "sec" not in k} for line in with_] == [
         {k: v for k, v in line.items() if "sec" not in k} for line in without]
-    rows = data.read_lines(tmp_path / "with" / "rollouts.jsonl")
-    questions = len(data.load_examples(real_rows))
-    assert [row["step"] for row in rows if "held_out" in row] == [0] * 4 * questions + [2] * 4 * questions
+    same, rows = (data.read_lines(tmp_path / name / "rollouts.jsonl") for name in ("same", "with"))
+    assert [row["step"] for row in rows if "held_out" in row] == [0] * 4 * 2 + [2] * 4 * 2
     assert [row["step"] for row in rows if "held_out" not in row] == [1, 1, 1, 2, 2, 2]
-    assert not (tmp_path / "without" / "rollouts.jsonl").exists()
+    assert len(same) == 6 and not (tmp_path / "without" / "rollouts.jsonl").exists()
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(toy_run, real_rows, tmp_path, monkeypatch):
@@ -3777,7 +3815,7 @@ def test_a_full_card_names_what_helps(toy_run, real_rows, tmp_path, monkeypatch)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
     monkeypatch.setattr(sophia_min, "train_step", train_step)
-    with pytest.raises(SystemExit, match="step 1: CUDA out of memory.*--max_pixels.*--micro_batch.*--freeze_vision"):
+    with pytest.raises(SystemExit, match="CUDA out of memory.*--max_pixels.*--micro_batch.*--freeze_vision"):
         small_run(toy_run, tmp_path / "out", real_rows, "--steps", "1")
 
 
@@ -3861,7 +3899,7 @@ def test_every_arm_of_the_study_is_a_command_line_and_has_its_source():
         assert source is None or arms[source][0] is None
     assert all(arm in arms for pair in sophia_min.PAIRS + sophia_min.MORE_PAIRS for arm in pair)
     toy = sophia_min.configure([])
-    for arm, changed in {"GRPO": {"reward_model": "none"}, "full": {}, "no trust": {"trust": "off"},
+    for arm, changed in {"GRPO": {"reward_model": "none", "rm_mode": None}, "full": {}, "no trust": {"trust": "off"},
                          "no trust, no annealing": {"trust": "off", "anneal": False}}.items():
         assert sophia_min.configure(arms[arm][1].split()) == dataclasses.replace(toy, **changed)
 
@@ -3903,7 +3941,11 @@ def test_shifted_questions_are_of_kinds_that_training_never_asks():
     (["--group_size", "1"], "group"), (["--steps", "0"], "steps"), (["--alpha", "-1"], "alpha"),
     (["--temperature", "0"], "temperature"), (["--clip_eps", "2"], "clip_eps"), (["--anneal", "maybe"], "anneal"),
     (["--trust", "blind"], "trust"), (["--resume", "nowhere"], "config.json"), (["--max_pixels", "10"], "max_pixels"),
-    (["--data", "x.json"], "oracle"), (["--min_new_tokens", "99", "--max_new_tokens", "9"], "min_new_tokens")])
+    (["--data", "x.json"], "oracle"), (["--save_every", "0"], "save_every"), (["--seed", "-1"], "seed"),
+    (["--lr", "nan"], "lr"), (["--study_seeds", "0"], "study_seeds"), (["--study", "--alpha", "1"], "alpha"),
+    (["--device", "gpu"], "device"), (["--toy_pixels", "448"], "56"), (["--rm_prompt", "x"], "rm_prompt"),
+    (["--modle", "toy"], "do you mean --model?"),
+    (["--min_new_tokens", "99", "--max_new_tokens", "9"], "min_new_tokens")])
 def test_wrong_settings_end_in_one_line(arguments, reason, capsys):
     with pytest.raises(SystemExit) as stop:
         sophia_min.main(arguments)
