@@ -671,9 +671,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv=None):
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            parsers = [self, *(sub for action in self._actions for sub in (action.choices or {}).values()
-                               if isinstance(action.choices, dict))]
-            names = [name for parser in parsers for name in parser._option_string_actions]
+            commands = next((a.choices for a in self._actions if isinstance(a.choices, dict)), {})
+            names = [name for parser in (self, *commands.values()) for name in parser._option_string_actions]
             near = difflib.get_close_matches(unknown[0], names, 1)
             self.error(f"{unknown[0]}: there is no such option" + (f"; do you mean {near[0]}?" if near else ""))
         return args

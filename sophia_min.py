@@ -1019,10 +1019,10 @@ def main(argv=None):
         raise SystemExit(2) from None
     except torch.OutOfMemoryError as error:
         raise SystemExit(
-            f"{str(error).splitlines()[0]} What helps, most first: --max_pixels below {config.max_pixels}, --micro_batch "
-            f"below {config.micro_batch}, --questions_per_step or --group_size (the rollout's cache), --max_new_tokens, "
-            "--freeze_vision, --park true, --kl_coef 0 (no reference). A last checkpoint, if there is one in "
-            f"{config.out}, is intact.") from error
+            f"{str(error).splitlines()[0]} What helps, most first: --max_pixels below {config.max_pixels}, "
+            f"--micro_batch below {config.micro_batch}, --questions_per_step or --group_size (the rollout's cache), "
+            "--max_new_tokens, --freeze_vision, --park true, --kl_coef 0 (no reference). A last checkpoint, if there "
+            f"is one in {config.out}, is intact.") from error
     except RuntimeError as error:
         if WORLD == 1 or "Connection closed by peer" not in str(error):
             raise
