@@ -164,8 +164,9 @@ def one_line(name):
 
 def load_config(name):
     """The configuration of a Hugging Face id or folder."""
+    name = SHORT_IDS.get(name, name)
     with one_line(name):
-        return Qwen2_5_VLConfig.from_pretrained(SHORT_IDS.get(name, name))
+        return Qwen2_5_VLConfig.from_pretrained(name)
 
 
 def load(name, device="auto", attention="auto", max_pixels=None):

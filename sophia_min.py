@@ -948,12 +948,16 @@ ARMS = {"GRPO": ("full", "--reward_model none"), "untrained judge": (None, "--re
         "no trust, no annealing": ("full", "--trust off --anneal false"), "no trust": ("full", "--trust off"),
         "full": (None, "")}
 MORE_ARMS = {"misled": (None, "--reward_model misled"), "misled, no trust": ("misled", "--trust off"),
-             "misled, released": ("misled", "--trust released"), "apart": ("full", "--normalize outcome"),
+             "misled, released": ("misled", "--trust released"),
+             # loud: a wrong guess that it scores 1 earns as much as a right answer, sound, that it scores 0.5
+             "misled, loud": ("misled", "--alpha 2"), "misled, loud, no trust": ("misled", "--alpha 2 --trust off"),
+             "apart": ("full", "--normalize outcome"),
              "apart, no annealing": ("full", "--normalize outcome --anneal false"),
              "apart, misled": ("misled", "--normalize outcome"),
              "apart, misled, no trust": ("misled", "--normalize outcome --trust off")}
 PAIRS = [("full", arm) for arm in ARMS if arm != "full"]  # what is compared seed by seed
 MORE_PAIRS = [("full", "misled"), ("misled", "misled, no trust"), ("misled", "misled, released"),
+              ("misled, loud", "misled, loud, no trust"),
               ("apart", "full"), ("apart", "apart, no annealing"), ("apart, misled", "misled"),
               ("apart, misled", "apart, misled, no trust")]
 

@@ -1642,7 +1642,7 @@ def test_the_picture_decides_the_answer(tmp_path):
             _, attribute, _, cell = question.problem.strip("?").split()
             shown = question.scene[("first", "second", "third", "fourth").index(cell)]
             assert question.choices["ABCD".index(question.answer())] == shown[attribute == "shape"]
-    assert all(len(different) >= 3 for different in answers.values()) and len(answers) == 7
+    assert all(len(different) >= 3 for different in answers.values()) and len(answers) == 8
     examples = data.toy_examples(200, 0, folder=tmp_path)
     for example, question in zip(examples, data.toy_questions(200, 0)):
         pictures.setdefault(Path(example.image).read_bytes(), set()).add(question.scene)
@@ -1993,7 +1993,7 @@ def test_rollout_in_a_batch_writes_what_each_question_gets_alone(road, road_exam
 
 def test_rollout_fields(road, road_examples):
     policy, processor = road
-    torch.manual_seed(2)
+    torch.manual_seed(5)
     batch = sophia_min.rollout(policy, processor, road_examples["mixed"], 4, road_config(), scores=True)
     n = 4 * len(road_examples["mixed"])
     assert batch.owner.tolist() == [q for q in range(len(road_examples["mixed"])) for _ in range(4)]
@@ -3102,19 +3102,29 @@ def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
 
 @pytest.fixture(scope="session", autouse=True)
 def started_toy_run(request, tmp_path_factory):
-    """The command of one real run of the toy world, shorter than the default: it runs on one core while the tests that
-    don't need it run on the other."""
-    if not any("toy_run" in item.fixturenames for item in request.session.items):
+    """The command of one real run of the toy world, shorter than the default, beside the tests that don't need it. Its
+    threads don't spin while they wait for a core."""
+    if not any({"toy_run", "toy_start"} & set(item.fixturenames) for item in request.session.items):
         yield
         return
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("run")
     with open(folder / "output.txt", "w") as output:
         process = subprocess.Popen([sys.executable, sophia_min.__file__, "--out", str(folder / "toy"), "--steps", "40",
-                                    "--seed", "11"], env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=output,
-                                   stderr=subprocess.STDOUT)
+                                    "--seed", "11"], stdout=output, stderr=subprocess.STDOUT,
+                                   env={**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"})
     yield process, folder
     process.kill()
+
+
+@pytest.fixture(scope="session")
+def toy_start(started_toy_run):
+    """Its folder, as soon as warm start and judge are there: what needs no more goes on beside the run's GRPO."""
+    process, folder = started_toy_run
+    while process.poll() is None and not (folder / "toy" / "checkpoint" / "reward_model").exists():
+        time.sleep(0.2)
+    assert process.poll() in (None, 0), (folder / "output.txt").read_text()[-2000:]
+    return folder / "toy"
 
 
 @pytest.fixture(scope="session")
@@ -3137,6 +3147,66 @@ def best_constants(examples):
 
 def held_out_of(run):
     return data.toy_examples(400, 11, True, folder=run / "pictures")
+
+
+def test_judge_reads_the_picture(toy_start):
+    """AUC of right against misread claims in the same words; with pictures swapped there is nothing left to see."""
+    config = sophia_min.configure(["--out", str(toy_start), "--steps", "1"])
+    judge = reward_model.ThinkingRewardModel(*sophia_min.load(str(toy_start / "checkpoint" / "reward_model"), config))
+    assert judge.mode == "reason"  # the folder knows how it was trained
+    rng, examples, groups = random.Random(0), held_out_of(toy_start)[:200], []
+    for question in data.toy_questions(400, 11, True)[:200]:
+        groups.append([question.response(rng), question.response(rng, "misread")])
+        sound, misread = (question.soundness(response) for response in groups[-1])
+        assert sound == 1 and misread < data.SOUND
+
+    def auc(shown):
+        scores = torch.cat([judge.score(shown[i:i + 50], groups[i:i + 50]) for i in range(0, 200, 50)])
+        sound, misread = scores[:, 0], scores[:, 1]
+        assert scores.isnan().double().mean() < 0.03
+        sound, misread = sound[~sound.isnan()], misread[~misread.isnan()]
+        return ((sound[:, None] > misread).double().mean() + (sound[:, None] == misread).double().mean() / 2).item()
+
+    swapped = []
+    for example in examples:
+        others = [other.image for other in examples if other.problem_type == example.problem_type
+                  and other.image != example.image]
+        swapped.append(dataclasses.replace(example, image=rng.choice(others)))
+    assert auc(examples) >= 0.75 and 0.4 <= auc(swapped) <= 0.6
+
+
+def test_it_learns_from_the_pixels(toy_start):
+    """From the same warm start, by the same budget: with pictures shuffled between the questions of a type the answers
+    stay at the best constant's level, unshuffled they rise."""
+    accuracy = {}
+    for shuffled in (False, True):
+        config = sophia_min.configure(["--out", str(toy_start), "--steps", "30", "--reward_model", "none"])
+        policy, processor = sophia_min.load(str(toy_start / "checkpoint" / "start"), config)
+        sets = []
+        for examples in (data.toy_examples(240, 12, folder=toy_start / "pictures"), held_out_of(toy_start)[:200]):
+            if shuffled:
+                rng, pictures = random.Random(0), {}
+                for example in examples:
+                    pictures.setdefault(example.problem_type, []).append(example.image)
+                for images in pictures.values():
+                    rng.shuffle(images)
+                examples = [dataclasses.replace(example, image=pictures[example.problem_type].pop())
+                            for example in examples]
+            sets.append(examples)
+        train, held_out = sets
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        optimizer = sophia_min.Optimizer(policy, config.lr)
+        before = sophia_min.evaluate(policy, processor, held_out, config, "before")["accuracy"]
+        torch.manual_seed(0)
+        for step in range(1, 31):
+            chosen = [train[i] for i in sophia_min.questions_of(step, len(train), 8, 0)]
+            sophia_min.train_step(step, policy, reference, None, optimizer, processor, chosen, config)
+        accuracy[shuffled] = before, sophia_min.evaluate(policy, processor, held_out, config, "after")["accuracy"]
+    assert accuracy[False][1] >= accuracy[False][0] + 0.1
+    assert accuracy[True][1] <= best_constants(held_out_of(toy_start)[:200]) + 0.05
+
+
+# ---------------------------------------------------------------- the command line
 
 
 def test_run_leaves_what_the_design_says(toy_run):
@@ -3188,66 +3258,6 @@ def test_gamma_falls_in_some_groups(toy_run):
     lines = data.read_lines(toy_run / "log.jsonl")
     assert sum(line["mistrusted"] for line in lines) > 0 and sum(line["unscored"] for line in lines) < 0.05 * 320
     assert all(math.exp(-1) <= line["gamma"] <= 1 for line in lines)
-
-
-def test_judge_reads_the_picture(toy_run):
-    """AUC of right against misread claims in the same words; with pictures swapped there is nothing left to see."""
-    config = sophia_min.configure(["--out", str(toy_run), "--steps", "1"])
-    judge = reward_model.ThinkingRewardModel(*sophia_min.load(str(toy_run / "checkpoint" / "reward_model"), config))
-    assert judge.mode == "reason"  # the folder knows how it was trained
-    rng, examples, groups = random.Random(0), held_out_of(toy_run)[:200], []
-    for question in data.toy_questions(400, 11, True)[:200]:
-        groups.append([question.response(rng), question.response(rng, "misread")])
-        sound, misread = (question.soundness(response) for response in groups[-1])
-        assert sound == 1 and misread < data.SOUND
-
-    def auc(shown):
-        scores = torch.cat([judge.score(shown[i:i + 50], groups[i:i + 50]) for i in range(0, 200, 50)])
-        sound, misread = scores[:, 0], scores[:, 1]
-        assert scores.isnan().double().mean() < 0.03
-        sound, misread = sound[~sound.isnan()], misread[~misread.isnan()]
-        return ((sound[:, None] > misread).double().mean() + (sound[:, None] == misread).double().mean() / 2).item()
-
-    swapped = []
-    for example in examples:
-        others = [other.image for other in examples if other.problem_type == example.problem_type
-                  and other.image != example.image]
-        swapped.append(dataclasses.replace(example, image=rng.choice(others)))
-    assert auc(examples) >= 0.75 and 0.4 <= auc(swapped) <= 0.6
-
-
-def test_it_learns_from_the_pixels(toy_run):
-    """From the same warm start, by the same budget: with pictures shuffled between the questions of a type the answers
-    stay at the best constant's level, unshuffled they rise."""
-    accuracy = {}
-    for shuffled in (False, True):
-        config = sophia_min.configure(["--out", str(toy_run), "--steps", "30", "--reward_model", "none"])
-        policy, processor = sophia_min.load(str(toy_run / "checkpoint" / "start"), config)
-        sets = []
-        for examples in (data.toy_examples(240, 12, folder=toy_run / "pictures"), held_out_of(toy_run)[:200]):
-            if shuffled:
-                rng, pictures = random.Random(0), {}
-                for example in examples:
-                    pictures.setdefault(example.problem_type, []).append(example.image)
-                for images in pictures.values():
-                    rng.shuffle(images)
-                examples = [dataclasses.replace(example, image=pictures[example.problem_type].pop())
-                            for example in examples]
-            sets.append(examples)
-        train, held_out = sets
-        reference = copy.deepcopy(policy).requires_grad_(False)
-        optimizer = sophia_min.Optimizer(policy, config.lr)
-        before = sophia_min.evaluate(policy, processor, held_out, config, "before")["accuracy"]
-        torch.manual_seed(0)
-        for step in range(1, 31):
-            chosen = [train[i] for i in sophia_min.questions_of(step, len(train), 8, 0)]
-            sophia_min.train_step(step, policy, reference, None, optimizer, processor, chosen, config)
-        accuracy[shuffled] = before, sophia_min.evaluate(policy, processor, held_out, config, "after")["accuracy"]
-    assert accuracy[False][1] >= accuracy[False][0] + 0.1
-    assert accuracy[True][1] <= best_constants(held_out_of(toy_run)[:200]) + 0.05
-
-
-# ---------------------------------------------------------------- the command line
 
 
 def folder_run(toy_run, out, *more):
