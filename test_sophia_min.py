@@ -2947,8 +2947,8 @@ def test_agreement_by_hand():
     assert found["calibration"] == [[0.2, 0.2, 1], [0.3, 0.9, 1], [0.5, pytest.approx(0.7), 2], [0.9, 1.0, 1]]
     assert found["auc, first half of the steps"] == pytest.approx(1.5 / 2) and found["auc, second half"] is None
     by_run = [{**row, "held_out": True, "step": step} for row, step in zip(rows, (0, 7, 0, 7, 7, 7))]
-    found = reward_model.agreement(by_run, [0.9, 0.3, 0.5, 0.2, math.nan, 0.5])
-    assert found["auc, before GRPO"] == 1 and found["auc, after GRPO"] == 1
+    found = reward_model.agreement(by_run, [0.9, 0.1, 0.5, 0.2, math.nan, 0.5])
+    assert found["auc, before GRPO"] == 1 and found["auc, after GRPO"] == 0.5
     perfect = reward_model.agreement(rows, [row["score"] for row in rows])
     assert perfect["spearman"] == pytest.approx(1) and perfect["auc"] == 1 and perfect["mae"] == 0
 
@@ -3649,7 +3649,8 @@ def test_a_parked_optimizer_takes_the_same_steps(road):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("more", [(), ("--freeze_vision",), ("--park", "true"), ("--kl_coef", "0")])
+@pytest.mark.parametrize("more", [(), ("--freeze_vision",), ("--park", "true"), ("--kl_coef", "0"),
+                                  ("--park", "true", "--freeze_vision")])
 def test_memory_by_part_is_that_of_the_tensors(road, tmp_path, more):
     """The table's arithmetic against what a model, its optimizer after a step, and a cache really hold."""
     config = sophia_min.configure(["--model", "x", "--data", "y.json", *more])
