@@ -3615,6 +3615,8 @@ def test_two_processes_are_one(folders, real_rows, tmp_path):
             torch.testing.assert_close(value, two["adamw"]["state"][i][name], rtol=1e-3, atol=1e-5)
     line, = data.read_lines(out / "log.jsonl")
     assert line["step"] == 1 and line["outcome"] >= 0 and both.stdout.count("policy  ") == 1
+    asked = [group["id"] for group in data.read_lines(out / "groups.jsonl")]
+    assert len(asked) == len(set(asked)) == 2  # a question each
     sophia_min.main(["--resume", str(out)])
     assert [line["step"] for line in data.read_lines(out / "log.jsonl")] == [1, 2, 3]
     assert set(json.loads((out / "eval.json").read_text())) == {"before", "after"}
