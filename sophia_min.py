@@ -226,6 +226,7 @@ class Rollout:
     texts: list  # N
     truncated: int  # responses cut at max_new_tokens, without an end
     seen: list = ()  # if asked for: the logits [N, R, V] of generate, and what its filters made of them
+    shared: SharedPrompt = None  # if asked for: the prompts' computation, for one update to go on from
 
     def logps(self, model, shared, rows, first, config):
         """token_logps of `rows` [n], cut to the longest of them; `shared` holds the prompts from `first` on."""
@@ -248,12 +249,13 @@ def end_ids(model):
     return eos if isinstance(eos, list) else [eos]
 
 
-def rollout(policy, processor, examples, group_size, config, greedy=False, scores=False):
-    """G responses to each question: one left-padded `generate` for all, each prompt computed once."""
+def rollout(policy, processor, examples, group_size, config, greedy=False, scores=False, keep=False):
+    """G responses to each question: one left-padded `generate` for all, each prompt computed once. `keep`: with
+    gradients, and kept in the Rollout, so that the update needn't compute the prompts again."""
     eos = end_ids(policy)
     prompts = [processor.question(example) for example in examples]
     owner = torch.arange(len(prompts)).repeat_interleave(group_size)  # [N]
-    with torch.no_grad():
+    with torch.set_grad_enabled(keep):
         shared = SharedPrompt(policy, prompts)
     new = reward_model.generate(
         policy, shared, owner, [prompts[question].tail for question in owner], config.max_new_tokens,
@@ -263,10 +265,15 @@ def rollout(policy, processor, examples, group_size, config, greedy=False, score
     mask = response_mask(ids, eos)
     texts = [processor.decode(row[kept == 1]) for row, kept in zip(ids, mask)]
     truncated = int((~torch.isin(ids, torch.tensor(eos, device=ids.device)).any(1)).sum())
-    return Rollout(examples, prompts, owner, ids, mask, texts, truncated, seen)
+    return Rollout(examples, prompts, owner, ids, mask, texts, truncated, seen, shared if keep else None)
 
 
 # ---------------------------------------------------------------- the update
+
+
+def at_once(config):
+    """Questions whose activations the update holds at a time."""
+    return max(1, config.micro_batch // config.group_size)
 
 
 def update(policy, reference, optimizer, batch, advantages, config):
@@ -277,7 +284,7 @@ def update(policy, reference, optimizer, batch, advantages, config):
     of the first inner epoch, before it moves anything."""
     n, mask, old = len(batch.ids), batch.mask, {}
     group = n // len(batch.prompts)
-    together = max(1, config.micro_batch // group)  # questions at a time
+    together = len(batch.prompts) if batch.shared else at_once(config)
     advantages = advantages.to(policy.device)
     metrics = dict(loss=0.0, kl=0.0, clip_frac=0.0, entropy=0.0, grad_norm=0.0)
     for _ in range(config.inner_epochs):
@@ -286,10 +293,11 @@ def update(policy, reference, optimizer, batch, advantages, config):
             rows = torch.arange(first * group, (first + len(prompts)) * group)
             if config.kl_coef == 0 and not advantages[rows].any() and not is_sharded(policy):
                 continue  # exact: without the KL term nothing pulls at such groups (but ranks must keep in step)
-            shared = SharedPrompt(policy, prompts).cut()
+            shared = (batch.shared or SharedPrompt(policy, prompts)).cut()
             if config.kl_coef:
                 with torch.no_grad():
                     ref_shared = SharedPrompt(reference, prompts)
+            rows = rows[mask[rows].sum(1).argsort().cpu()]  # long ones together: less padding
             for part in rows.split(config.micro_batch):
                 logp, entropy = batch.logps(policy, shared, part, first, config)  # [n, R]
                 ref_logp = logp.detach()
@@ -457,7 +465,10 @@ def reward_of(example, text):
 def train_step(step, policy, reference, judge, optimizer, processor, examples, config):
     """Rollout, rewards, trust, advantages, update. Returns the line for log.jsonl and the groups, for the report."""
     start = time.time()
-    batch = rollout(policy, processor, examples, config.group_size, config)
+    # An update that takes all questions at once can go on from the rollout's computation of them. Otherwise all their
+    # activations would be held until their turn comes.
+    once = config.inner_epochs == 1 and len(examples) <= at_once(config)
+    batch = rollout(policy, processor, examples, config.group_size, config, keep=once)
     groups = [batch.texts[i:i + config.group_size] for i in range(0, len(batch.texts), config.group_size)]
     sampled = time.time()
     outcome = torch.tensor([[reward_of(example, text) for text in texts] for example, texts in zip(examples, groups)],

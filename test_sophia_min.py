@@ -2173,6 +2173,62 @@ def test_update_in_float64_is_exact(road, road_reference, road_examples, more, m
     assert_same_metrics(metrics, plain, 1e-10)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_update_from_the_rollouts_own_computation_of_the_prompts(road, road_reference, road_examples, kind,
+                                                                 true_float64):
+    """The responses are those of a rollout that keeps nothing; the gradients are those of full sequences."""
+    policy, reference = copy.deepcopy(road[0]).double(), copy.deepcopy(road_reference).double()
+    config, optimizer, batches = road_config("--micro_batch", "64"), GradientsOnly(policy), []
+    for keep in (False, True):
+        torch.manual_seed(6)
+        batches.append(sophia_min.rollout(policy, road[1], road_examples[kind], G, config, keep=keep))
+    plain, kept = batches
+    assert plain.shared is None and torch.equal(plain.ids, kept.ids)
+    advantages, passes = advantages_of(kept), Passes(policy)
+    metrics = sophia_min.update(policy, reference, optimizer, kept, advantages, config)
+    assert passes.stop() == (0, 0)
+    expected_metrics, expected = plain_gradients(policy, reference, kept, advantages, config)
+    assert relative_error(optimizer.kept[0], expected) < 1e-10
+    assert_same_metrics(metrics, expected_metrics, 1e-10)
+
+
+def test_a_step_computes_its_prompts_once_where_the_update_is_one_part(road, road_reference, road_examples,
+                                                                       monkeypatch):
+    policy, examples = copy.deepcopy(road[0]), road_examples["pictures"]
+    n, moved = len(examples), []
+    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
+    for questions, computed, more in ((n, n, ()), (n, 2 * n, ("--micro_batch", str(n * G - 1))),
+                                      (n, 3 * n, ("--inner_epochs", "2")), (1, 1, ("--micro_batch", "1"))):
+        config = road_config("--micro_batch", str(n * G), "--max_new_tokens", "8", *more)
+        own = copy.deepcopy(policy)
+        passes = Passes(own)
+        torch.manual_seed(3)
+        sophia_min.train_step(1, own, road_reference, None, sophia_min.Optimizer(own, 1e-3), road[1],
+                              examples[:questions], config)
+        assert passes.stop() == (computed, computed)
+        moved.append(dict(own.named_parameters()))
+    assert relative_error(moved[1], {name: weight.detach() for name, weight in moved[0].items()}) < 1e-5
+
+
+def test_responses_of_like_length_share_a_micro_batch(road, road_reference, road_batches, monkeypatch):
+    """Padding is computed, too: of three responses the shorter two go together, and the longest alone."""
+    batch, parts, plain = road_batches["mixed"], [], sophia_min.Rollout.logps
+
+    def logps(self, model, shared, rows, first, config):
+        parts.append(rows.tolist())
+        return plain(self, model, shared, rows, first, config)
+
+    monkeypatch.setattr(sophia_min.Rollout, "logps", logps)
+    sophia_min.update(road[0], road_reference, GradientsOnly(road[0]), batch, advantages_of(batch),
+                      road_config("--micro_batch", "2", "--kl_coef", "0"))
+    lengths = batch.mask.sum(1)
+    assert sorted(row for part in parts for row in part) == list(range(len(batch.ids)))
+    computed = sum(len(part) * int(lengths[part].max()) for part in parts)
+    groups = [sorted(group.tolist()) for group in lengths.view(-1, G)]
+    assert computed == sum(2 * second + longest for _, second, longest in groups)
+    assert computed < sum(2 * max(a, b) + c for a, b, c in lengths.view(-1, G).tolist())  # as they come
+
+
 def test_update_with_a_frozen_vision_tower(road, road_reference, road_batches):
     policy, batch = copy.deepcopy(road[0]), road_batches["pictures"]
     policy.model.visual.requires_grad_(False)
@@ -4087,7 +4143,7 @@ def test_how_the_cost_of_a_step_grows(tmp_path, monkeypatch):
         side, path = round(math.sqrt(prompt)) * 28, tmp_path / f"{prompt}.png"
         noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
-        config = dataclasses.replace(road_config(), group_size=responses, questions_per_step=questions, micro_batch=8,
+        config = dataclasses.replace(road_config(), group_size=responses, questions_per_step=questions, micro_batch=16,
                                      max_new_tokens=response, min_new_tokens=response, reward_model="none")
         examples = [data.Example(str(n), "How many?", "numerical", (), "2", str(path), "b") for n in range(questions)]
         lines = [sophia_min.train_step(1, policy, reference, None, optimizer, processor, examples, config)[0]
