@@ -552,9 +552,11 @@ def questions_of(step, n, per_step, seed):
 PAPER, RELEASED, OURS = "paper, section 4", "released config", "ours"
 
 
-def setting(default, help, source=OURS, toy=None, choices=None, flag=False):
-    """A field of Config that --help shows with its source; `toy` is the default of --model toy where it differs."""
-    return field(default=default, metadata=dict(help=help, source=source, toy=toy, choices=choices, flag=flag))
+def setting(default, help, source=OURS, toy=None, choices=None, flag=False, least=None):
+    """A field of Config that --help shows with its source; `toy` is the default of --model toy where it differs, and
+    `least` the smallest value."""
+    return field(default=default, metadata=dict(help=help, source=source, toy=toy, choices=choices, flag=flag,
+                                                least=least))
 
 
 @dataclass
@@ -563,7 +565,7 @@ class Config:
     model: str = setting("toy", "toy, a Hugging Face id or a folder")
     data: str = setting("toy", "toy, toy-shifted (kinds of toy questions that training never asks, for --eval_only), "
                         "or a .json or .jsonl file of rows in the paper's format")
-    toy_pixels: int = setting(448, "width and height of the toy's pictures", toy=56)
+    toy_pixels: int = setting(448, "width and height of the toy's pictures", toy=56, least=28)
     image_root: str = setting(None, "folder that the rows' picture paths start from; default: the file's folder")
     reward_model: str = setting("bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (trained on the spot, needs the "
                                 "toy data), none (plain GRPO), base (an untrained judge, Table 3), misled (the toy's "
@@ -578,31 +580,32 @@ class Config:
     anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", "paper, section 3.4")
     normalize: str = setting("reward", "what Eq. 6 normalises: the combined reward, or (ours) the outcome alone, with "
                              "the thinking term added behind", "paper, section 3.4", choices=("reward", "outcome"))
-    alpha: float = setting(0.3, "weight of the thinking reward, Eq. 4", PAPER)
-    kl_coef: float = setting(0.04, "beta of Eq. 7; 0 needs no reference", PAPER)
+    alpha: float = setting(0.3, "weight of the thinking reward, Eq. 4", PAPER, least=0)
+    kl_coef: float = setting(0.04, "beta of Eq. 7; 0 needs no reference", PAPER, least=0)
     clip_eps: float = setting(0.2, "epsilon of Eq. 7", RELEASED)
-    group_size: int = setting(8, "responses a question, N", PAPER)
-    questions_per_step: int = setting(16, "questions a step", RELEASED, toy=8)
-    steps: int = setting(1500, "T of Eq. 5", PAPER, toy=70)
+    group_size: int = setting(8, "responses a question, N: Eq. 6 compares them", PAPER, least=2)
+    questions_per_step: int = setting(16, "questions a step", RELEASED, toy=8, least=1)
+    steps: int = setting(1500, "T of Eq. 5; --eval_only trains nothing", PAPER, toy=70, least=1)
     lr: float = setting(5e-7, "AdamW learning rate", PAPER, toy=1e-4)
     inner_epochs: int = setting(1, "updates on one rollout; 1 as in the released code: then the clip never acts",
-                                RELEASED)
+                                RELEASED, least=1)
     temperature: float = setting(1.0, "of sampling, and of the update's log-probabilities", RELEASED)
-    max_new_tokens: int = setting(1024, "longest response", RELEASED, toy=80)
-    min_new_tokens: int = setting(0, "shortest response, for benchmarks")
+    max_new_tokens: int = setting(1024, "longest response", RELEASED, toy=80, least=1)
+    min_new_tokens: int = setting(0, "shortest response, for benchmarks", least=0)
     max_pixels: int = setting(1003520, "larger pictures are scaled down (28 x 28 pixels a token); released config: "
-                              "4194304")
+                              "4194304", least=3136)
     max_prompt_tokens: int = setting(8192, "a longer prompt is an error that names its row; nothing is ever cut",
-                                     RELEASED)
-    micro_batch: int = setting(4, "responses a backward pass: memory, not results", toy=64)
+                                     RELEASED, least=1)
+    micro_batch: int = setting(4, "responses a backward pass: memory, not results", toy=64, least=1)
     freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)", flag=True)
-    seed: int = setting(0, "of everything random")
+    seed: int = setting(0, "of everything random", least=0)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     attn: str = setting("auto", "auto: flash_attention_2 where it can be imported on CUDA, else sdpa",
                         choices=("auto", "sdpa", "flash_attention_2", "eager"))
     park: bool = setting(None, "keep fp32 masters and AdamW's moments in host memory, and run AdamW there: 12 bytes a "
                          "weight less on the card, some seconds a step more; default: on a single GPU")
-    save_every: int = setting(100, "steps between checkpoints, also written at the end and on Ctrl-C", toy=25)
+    save_every: int = setting(100, "steps between checkpoints, also written at the end and on Ctrl-C", toy=25,
+                              least=1)
     save_rollouts: bool = setting(False, "write every response to rollouts.jsonl, for reward_model.py to learn from",
                                   flag=True)
     skip_bad: bool = setting(False, "leave bad rows out instead of stopping; they are listed in skipped.jsonl",
@@ -613,7 +616,7 @@ class Config:
     eval_only: bool = setting(False, "greedy accuracy per problem type, no training", flag=True)
     study: bool = setting(False, "run the arms of Table 3 on the toy world and compare them: an hour on two cores",
                           flag=True)
-    study_seeds: int = setting(5, "seeds of the study; 1 takes a quarter of an hour")
+    study_seeds: int = setting(5, "seeds of the study; 1 takes a quarter of an hour", least=1)
     study_more: bool = setting(False, "with --study: also a judge that praises haste, with and without trust, and the "
                                "thinking term added behind Eq. 6; twice the time", flag=True)
 
@@ -680,32 +683,23 @@ def configure(argv):
         config.model == "toy" or config.reward_model != "base")
     ignored = set(given) - {"study", "study_seeds", "study_more", "out"}
     cuda = re.fullmatch(r"cuda(:\d+)?", config.device)
+    too_small = [(not getattr(config, item.name) >= item.metadata["least"], f"--{item.name} must be "
+                  f"{item.metadata['least']} or more") for item in fields(Config) if item.metadata["least"] is not None]
     for wrong, why in [
-        (config.group_size < 2, "--group_size must be 2 or more: Eq. 6 compares a response with its group"),
-        (config.steps < 1, "--steps must be 1 or more; --eval_only trains nothing"),
-        (config.questions_per_step < 1, "--questions_per_step must be 1 or more"),
-        (config.alpha < 0, "--alpha must not be negative: it would reward bad thinking"),
-        (config.kl_coef < 0, "--kl_coef must not be negative"),
+        *too_small,
         (not 0 < config.clip_eps < 1, "--clip_eps must lie between 0 and 1"),
         (not 0 < config.lr < math.inf, "--lr must be positive"),
         (not 0 < config.temperature < math.inf, "--temperature must be positive: a group needs different responses"),
-        (not 0 <= config.min_new_tokens <= config.max_new_tokens, "--min_new_tokens must lie in 0 .. --max_new_tokens"),
-        (config.max_new_tokens < 1, "--max_new_tokens must be 1 or more"),
+        (config.min_new_tokens > config.max_new_tokens, "--min_new_tokens must not be above --max_new_tokens"),
         (config.questions_per_step % WORLD, f"--questions_per_step must be a multiple of {WORLD}, the number of "
          "processes: each takes as many"),
-        (config.inner_epochs < 1, "--inner_epochs must be 1 or more"),
-        (config.micro_batch < 1, "--micro_batch must be 1 or more"),
-        (config.save_every < 1, "--save_every must be 1 or more"),
-        (not 0 <= config.seed < 2 ** 32, "--seed must be 0 or more, and below 2**32"),
-        (config.study_seeds < 1, "--study_seeds must be 1 or more"),
+        (config.seed >= 2 ** 32, "--seed must be below 2**32"),
         (config.study and ignored, f"--study has its own settings: --{', --'.join(sorted(ignored))} would be ignored"),
         (not cuda and config.device not in ("auto", "cpu"), "--device must be auto, cpu, cuda or cuda:N"),
         (cuda and not torch.cuda.is_available(), f"--device {config.device}: torch sees no CUDA device here"),
         (config.rm_prompt and trained_here, "--rm_prompt is for a judge that is loaded, not trained here"),
         (config.rm_prompt and not Path(config.rm_prompt).is_file(), f"--rm_prompt {config.rm_prompt}: no such file"),
-        (config.toy_pixels < 28, "--toy_pixels must be 28 or more"),
         (toy and config.toy_pixels != 56, "--toy_pixels: the toy model reads 56 pixels, a token for each cell"),
-        (config.max_pixels < 3136, "--max_pixels must be 3136 (56 x 56) or more"),
         (config.data == "toy-shifted" and not config.eval_only, "--data toy-shifted is for --eval_only"),
         (config.data != "toy" and trained_here,
          f"--reward_model {config.reward_model} learns from the toy world's oracle; with --data FILE choose none, or a "
@@ -745,11 +739,13 @@ def load_data(config):
 def load_policy(config):
     """(policy, Processor, what a judge of the toy world starts from). The toy is made here, from nothing; anything else
     is loaded."""
-    start = Path(config.out, "checkpoint", "start")
+    start, (device, dtype, attention) = Path(config.out, "checkpoint", "start"), place(config.device, config.attn)
     if config.model == "toy" and not config.resume:
         model, processor = data.toy_model(config.seed)
-        judge_start = reward_model.warm_start(model, processor, config.seed, Path(config.out, "pictures"))
-        return model.to(place(config.device)[0]), processor, judge_start.to(place(config.device)[0])
+        judge_start = reward_model.warm_start(model.to(device), processor, config.seed, Path(config.out, "pictures"))
+        for part in (model, judge_start):
+            part.to(dtype).set_attn_implementation(attention)  # as `load` will have it in a resumed run
+        return model, processor, judge_start
     name = str(start) if start.exists() and config.resume else config.model
     model, processor = load(name, config)
     return model, processor, model

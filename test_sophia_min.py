@@ -3955,6 +3955,23 @@ def test_without_a_network_a_model_id_ends_in_one_line(tmp_path, capsys, monkeyp
     assert "published as Qwen/Qwen2.5-VL-3B-Instruct" in shown and "Thinking-Reward-Model" in shown and "448" in shown
 
 
+@pytest.mark.parametrize("dtype, attention", [(torch.float32, "eager"), (torch.bfloat16, "sdpa")])
+def test_the_toy_computes_as_the_run_says(tmp_path, monkeypatch, dtype, attention):
+    """In the dtype and with the attention that a resumed run, and an arm of the study, will load it with."""
+    monkeypatch.setattr(sophia_min, "place", lambda device, attn: ("cpu", dtype, attn))
+    monkeypatch.setattr(reward_model, "place", sophia_min.place)
+    monkeypatch.setattr(reward_model, "warm_start", lambda model, *_: copy.deepcopy(model))
+    config = dataclasses.replace(road_config(), attn=attention, out=str(tmp_path))
+    for model in sophia_min.load_policy(config)[::2]:
+        assert model.dtype == dtype and model.config._attn_implementation == attention
+        assert model.model.visual.config._attn_implementation == attention
+        assert model.model.language_model.config._attn_implementation == attention
+        data.save_folder(tmp_path / "saved", model, data.toy_model()[1])
+        again = sophia_min.load(tmp_path / "saved", config)[0]
+        assert again.dtype == dtype and again.config._attn_implementation == attention
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
 def test_help_names_the_sources(capsys):
     with pytest.raises(SystemExit):
         sophia_min.main(["--help"])
