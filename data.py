@@ -996,7 +996,7 @@ def keep_lines(path, wanted):
 
 def save_folder(folder, model, processor):
     """Model and processor in Hugging Face format, with SHA256SUMS, beside the old folder first, then in its place."""
-    folder, weights = Path(folder), {name: whole(weight) for name, weight in model.state_dict().items()}
+    folder, weights = Path(folder), {name: gathered(weight) for name, weight in model.state_dict().items()}
     if RANK > 0:
         return
     new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
@@ -1014,6 +1014,12 @@ def save_folder(folder, model, processor):
 def whole(tensor):
     """A tensor that may be spread over the ranks, in one piece; all ranks must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor):
+    """The same for rank 0 alone, in host memory: no card ever holds more than one tensor in one piece. Else None."""
+    tensor = whole(tensor)
+    return tensor.cpu() if RANK == 0 else None
 
 
 def damaged_files(folder):

@@ -149,6 +149,7 @@ def place(device="auto", attention="auto"):
     device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     flash = device.startswith("cuda") and importlib.util.find_spec("flash_attn")
     attention = attention if attention != "auto" else "flash_attention_2" if flash else "sdpa"
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN for some masks: pytorch issue 196678
     return device, torch.bfloat16 if device.startswith("cuda") else torch.float32, attention
 
 
@@ -194,14 +195,19 @@ class Optimizer:
             torch.nn.Parameter(weight.detach().to("cpu" if park else weight.device, torch.float32, copy=True))
             for weight in self.weights]
         self.sums = {}  # where masters are apart: fp32 gradients by weight
-        for weight in self.weights if self.apart else ():
-            weight.register_post_accumulate_grad_hook(self._collect)
+        self.hooks = [weight.register_post_accumulate_grad_hook(self._collect)
+                      for weight in self.weights if self.apart]
         self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=0.01,  # released config
                                        fused=park or None)
 
     def _collect(self, weight):
         self.sums[weight] = self.sums[weight].add_(weight.grad) if weight in self.sums else weight.grad.float()
         weight.grad = None
+
+    def close(self):
+        """Let go of the model, for another Optimizer."""
+        for hook in self.hooks:
+            hook.remove()
 
     def gradients(self):
         """The gradient of each weight so far, None where nothing reached it."""
@@ -227,12 +233,17 @@ class Optimizer:
 
     def state(self, model):
         """All that a resumed run needs of the model and of AdamW, in fp32 and in one piece: the same from one process
-        and from several."""
-        masters = dict(zip(self.weights, self.masters))
-        return {"weights": {name: data.whole(masters.get(weight, weight).detach())
+        and from several. Rank 0 alone gets it."""
+        masters = self._masters_of(model)
+        return {"weights": {name: data.gathered(masters.get(weight, weight).detach())
                             for name, weight in model.named_parameters()},
-                "adamw": tree_map(lambda value: data.whole(value) if isinstance(value, torch.Tensor) else value,
+                "adamw": tree_map(lambda value: data.gathered(value) if isinstance(value, torch.Tensor) else value,
                                   self.adamw.state_dict())}
+
+    def _masters_of(self, model):
+        if is_sharded(model):
+            model.reshard()  # after a forward pass FSDP leaves the root's parameters in one piece, others than ours
+        return dict(zip(self.weights, self.masters))
 
     @torch.no_grad()
     def restore(self, model, saved):
@@ -242,7 +253,7 @@ class Optimizer:
                 return tensor
             return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
-        masters = dict(zip(self.weights, self.masters))
+        masters = self._masters_of(model)
         for name, weight in model.named_parameters():
             weight.copy_(spread(saved["weights"][name], weight))
             if weight in masters:
@@ -252,9 +263,10 @@ class Optimizer:
         self.adamw.load_state_dict({**saved["adamw"], "state": moments})
 
 
-def sft(model, items, encode, steps, per_step, lr, desc, seed=0):
+def sft(model, items, encode, steps, per_step, lr, desc, seed=0, at_once=64):
     """Supervised fine-tuning: cross-entropy on the target tokens only. encode(item) gives (Prompt, tails, targets), all
-    rows of one prompt, which is computed once. Linear warm-up and decay. Changes `model` in place."""
+    rows of one prompt, which is computed once; `at_once` items a backward pass. Linear warm-up and decay. Changes
+    `model` in place."""
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95), park=model.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
     rng, queue = random.Random(seed), []
@@ -263,16 +275,21 @@ def sft(model, items, encode, steps, per_step, lr, desc, seed=0):
         if len(queue) < per_step:
             queue = rng.sample(items, len(items))
         batch = [encode(queue.pop()) for _ in range(min(per_step, len(items)))]
-        owner = torch.tensor([b for b, (_, tails, _) in enumerate(batch) for _ in tails])
-        tails, targets = ([row for entry in batch for row in entry[part]] for part in (1, 2))
-        shared = SharedPrompt(model, [prompt for prompt, _, _ in batch])
-        labels, mask = pad(targets, "right")
-        logits = target_logits(model, shared, owner, tails, targets).float()
-        loss = F.cross_entropy(logits[mask == 1], labels[mask == 1].to(logits.device))
-        loss.backward()
+        n_tokens, total = sum(len(target) for _, _, targets in batch for target in targets), 0.0
+        for first in range(0, len(batch), at_once):
+            part = batch[first:first + at_once]
+            owner = torch.tensor([b for b, (_, tails, _) in enumerate(part) for _ in tails])
+            tails, targets = ([row for entry in part for row in entry[which]] for which in (1, 2))
+            shared = SharedPrompt(model, [prompt for prompt, _, _ in part])
+            labels, mask = pad(targets, "right")
+            logits = target_logits(model, shared, owner, tails, targets)[mask.to(model.device) == 1].float()
+            loss = F.cross_entropy(logits, labels[mask == 1].to(logits.device), reduction="sum") / n_tokens
+            loss.backward()
+            total += loss.item()
         optimizer.step(max_norm=1.0)
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{total:.3f}")
+    optimizer.close()
 
 
 # ---------------------------------------------------------------- the judge
@@ -415,7 +432,7 @@ def misled(rows):
     return [{**row, "score": label(row)} for row in rows]
 
 
-def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model"):
+def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model", at_once=64):
     """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}: loss on
     what it is to write only. Returns the ThinkingRewardModel."""
     judge = ThinkingRewardModel(model, processor, mode)
@@ -429,7 +446,7 @@ def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, 
 
     model.config.rm_mode = mode
     model.requires_grad_(True)
-    sft(model, by_question(rows), encode, steps, per_step, lr, desc, seed)
+    sft(model, by_question(rows), encode, steps, per_step, lr, desc, seed, at_once)
     return ThinkingRewardModel(model, processor, mode)
 
 
@@ -573,7 +590,7 @@ def train_command(args):
     torch.manual_seed(args.seed)
     steps = max(1, math.ceil(args.epochs * len(by_question(rows)) / args.per_step))
     judge = train(*load(args.model, args.device, max_pixels=args.max_pixels), rows, steps, args.per_step, args.lr,
-                  args.rm_mode, args.seed, f"SFT on {len(rows)} responses")
+                  args.rm_mode, args.seed, f"SFT on {len(rows)} responses", args.at_once)
     data.save_folder(args.out, judge.model, judge.processor)
     print(f"{args.out}: for sophia_min.py --reward_model")
     if not args.all_rows:
@@ -712,7 +729,8 @@ def main(argv=None):
             "rm_mode": ("generate", "generate (the number; also for expected) or reason (critique, then number)",
                         "generate", "reason"),
             "epochs": (2.0, "passes over the questions (paper, section 3.2)"),
-            "per_step": (8, "questions a step (ours)"), "lr": (1e-5, "AdamW learning rate (ours)"),
+            "per_step": (8, "questions a step (ours)"),
+            "at_once": (1, "of them a backward pass: memory, not results"), "lr": (1e-5, "AdamW learning rate (ours)"),
             "all_rows": (False, "hold no tenth back: there are other rows to judge it by"),
             "shuffle_scores": (False, "learn scores that mean nothing: the untrained judge of Table 3"), **seed,
             **model}),
@@ -727,6 +745,9 @@ def main(argv=None):
         args.run(args)
     except data.DataError as error:
         raise SystemExit(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"{str(error).splitlines()[0]} What helps: --max_pixels below {args.max_pixels}, a smaller "
+                         "model, a larger card.") from error
 
 
 if __name__ == "__main__":

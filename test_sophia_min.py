@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 import zlib
 from collections import Counter
 from decimal import Decimal
@@ -3615,6 +3616,30 @@ sophia_min.update(model, reference, optimizer, batch, advantages[own].flatten(),
 state = optimizer.state(model)
 if rank == 0:
     torch.save({"losses": losses, **state}, f"{out}/{world}.pt")
+else:
+    assert set(state["weights"].values()) == {None}  # no card holds all
+sophia_min.of_all_ranks("saved")
+saved = torch.load(f"{out}/{world}.pt", weights_only=True)
+config.kl_coef = 0.04
+sophia_min.update(model, reference, optimizer, batch, advantages[own].flatten(), config)  # away from what was saved
+with torch.no_grad():
+    reward_model.SharedPrompt(model, batch.prompts)  # FSDP leaves the root in one piece
+optimizer.restore(model, saved)
+again = optimizer.state(model)
+if rank == 0:
+    assert all(torch.equal(weight, saved["weights"][name]) for name, weight in again["weights"].items())
+    for i, moments in saved["adamw"]["state"].items():
+        assert all(torch.equal(value, again["adamw"]["state"][i][name]) for name, value in moments.items())
+if world > 1:  # in bf16 the same as one process: FSDP must not round what enters a layer, such as rotary angles
+    alone, spread = (data.toy_model(0)[0] for _ in range(2))
+    for weight in alone.parameters():
+        weight.data = weight.data.bfloat16()
+    with torch.no_grad():
+        sophia_min.shard(spread, torch.bfloat16)
+        of = [reward_model.SharedPrompt(each, [*batch.prompts, reward_model.blank_picture(alone.config)])
+              for each in (alone, spread)]
+    for a, b in zip(*(each.keys_values for each in of)):
+        assert a[0].dtype == torch.bfloat16 and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 """
 STOPPED_RUN = """
 class StopAtOnce:
@@ -3686,6 +3711,37 @@ def test_a_failing_process_ends_all(folders, real_rows, tmp_path):
                      tmp_path / "out")
     assert ended.returncode != 0 and ended.stderr.count("step 1: rank 1 has a bad day") == 1
     assert "sophia_min.py\", line" not in ended.stderr  # no traceback of those that it took along
+
+
+def test_a_model_can_have_one_optimizer_after_another(road):
+    """As in a warm start's two parts on a GPU, and GRPO after them; what is done with is let go of."""
+    model = copy.deepcopy(road[0]).bfloat16()
+    for park in (True, True, False):
+        optimizer = sophia_min.Optimizer(model, 1e-3, park=park)
+        for _ in range(2):
+            sum(weight.float().square().sum() for weight in model.parameters()).backward()
+            assert optimizer.step() > 0
+        gone = weakref.ref(optimizer)
+        optimizer.close()
+        del optimizer
+        assert gone() is None
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_sft_takes_the_same_steps_however_many_items_at_once(road, road_examples, at_once):
+    def encode(item):
+        example, targets = item
+        prompt = road[1].question(example)
+        return prompt, [prompt.tail] * len(targets), [road[1].encode(text) for text in targets]
+
+    items = list(zip(road_examples["mixed"], (["a red circle", "b"], ["blue"], ["one two three", "square", "c"])))
+    found = []
+    for n in (64, at_once):
+        model = copy.deepcopy(road[0])
+        reward_model.sft(model, items, encode, 3, 3, 1e-3, "sft", at_once=n)
+        found.append({name: weight.detach() - before for (name, weight), before in
+                      zip(model.named_parameters(), road[0].parameters())})
+    assert relative_error(found[1], found[0]) < 2e-3  # AdamW divides tiny gradients by their own size
 
 
 def test_a_parked_optimizer_takes_the_same_steps(road):
@@ -3970,6 +4026,8 @@ def test_the_toy_computes_as_the_run_says(tmp_path, monkeypatch, dtype, attentio
         again = sophia_min.load(tmp_path / "saved", config)[0]
         assert again.dtype == dtype and again.config._attn_implementation == attention
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(model.buffers(), again.buffers()))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # its backward pass can give NaN
 
 
 def test_help_names_the_sources(capsys):
