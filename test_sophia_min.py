@@ -3625,6 +3625,8 @@ sophia_min.update(model, reference, optimizer, batch, advantages[own].flatten(),
 with torch.no_grad():
     reward_model.SharedPrompt(model, batch.prompts)  # FSDP leaves the root in one piece
 optimizer.restore(model, saved)
+if world > 1:
+    model.reshard()  # what was written must be in the parts, not in that piece
 again = optimizer.state(model)
 if rank == 0:
     assert all(torch.equal(weight, saved["weights"][name]) for name, weight in again["weights"].items())
