@@ -149,8 +149,7 @@ def check_picture(root: str, name: str, max_aspect: float, max_image_pixels: int
 
 def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None = None, *, skip_bad: bool = False,
                   skipped_path: str | os.PathLike | None = None, max_aspect: float = 200,  # the image processor's
-                  max_image_pixels: int = 100_000_000, min_side: int = 1,  # ours
-                  bar: bool = True) -> Sequence[Example]:
+                  max_image_pixels: int = 100_000_000, min_side: int = 1) -> Sequence[Example]:  # ours
     """Read rows in the paper's format (section 3.1) from .json, a list, or .jsonl, one a line, and check them all.
 
     image_root: the folder that the rows' paths start from (default: the file's). The pixels stay in their files.
@@ -165,7 +164,7 @@ def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None 
 
     # cached: many questions share a picture
     find_picture = functools.cache(lambda name: check_picture(root, name, max_aspect, max_image_pixels, min_side))
-    for number, row in tqdm(rows, desc="checking rows", delay=1, leave=False, disable=not bar or RANK > 0):
+    for number, row in progress(rows, desc="checking rows", delay=1, leave=False):
         try:
             if path.suffix.lower() == ".jsonl":
                 row = _parse(row)
@@ -809,6 +808,7 @@ def draw(scene, size):
     return picture
 
 
+@functools.cache
 def toy_questions(n, seed, held_out=False, shifted=False):
     """n ToyQuestions, the same for the same seed; about a fifth of all scenes is never seen unless `held_out`. Training
     never sees what `shifted` questions ask for: three shapes to describe, three letters, the cells in the middle."""
@@ -828,10 +828,7 @@ def toy_questions(n, seed, held_out=False, shifted=False):
                                choices=(tuple(COLOURS), SHAPES)[attribute])
         if (zlib.crc32(repr(scene).encode()) % 5 == 0) == held_out:
             questions.append(question)
-    return questions
-
-
-_first_toy_questions = functools.cache(toy_questions)
+    return tuple(questions)
 
 
 def toy_question(id):
@@ -840,7 +837,7 @@ def toy_question(id):
     if not named:
         raise DataError(f"{id}: is no question of the toy world, whose oracle knows no other")
     part, seed, i = named[1], named[2], int(named[3])
-    return _first_toy_questions(-(-(i + 1) // 1000) * 1000, seed, part != "train", part == "shifted")[i]
+    return toy_questions(-(-(i + 1) // 1000) * 1000, seed, part != "train", part == "shifted")[i]
 
 
 def toy_warm_start(n, seed, folder=None):
@@ -1117,9 +1114,8 @@ def write_report(out):
         axis.set_title(title, fontsize=10)
 
     curves = plot([functools.partial(curve, *named) for named in CURVES])
-    settings = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
-    names = ("model", "reward_model", "trust", "alpha", "steps", "seed")
-    chosen = ", ".join(f"{name} {settings[name]}" for name in names if name in settings)
+    settings = json.loads((out / "config.json").read_text())
+    chosen = ", ".join(f"{name} {settings[name]}" for name in "model reward_model trust alpha steps seed".split())
     parts = [PAGE, f"<h1>sophia_min: {html.escape(out.name)}</h1><p>{html.escape(chosen)}", "<pre>",
              html.escape(table(json.loads((out / "eval.json").read_text()))), "</pre>",
              _inline(base64.b64encode(curves).decode()), LEGEND]
@@ -1139,11 +1135,6 @@ def write_report(out):
                          f"{response['advantage']:+.2f}")
         parts.append("</table>")
     write_atomic(out / "report.html", "\n".join(parts))
-
-
-def save_picture(path, panels):
-    """plot(panels) as a file."""
-    write_atomic(path, plot(panels))
 
 
 T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 2, 3 .. seeds: 95% interval
@@ -1173,30 +1164,31 @@ def thinking_share(rows):
     return [float(np.mean(part)) if part else None for part in parts]
 
 
+def study_numbers(out):
+    """What a finished run of the study shows: four results, then what trust and annealing did in it."""
+    after = json.loads((out / "eval.json").read_text())["after"]
+    shifted = json.loads((out / "shifted" / "eval.json").read_text())["before"]
+    log, (first, last) = read_lines(out / "log.jsonl"), thinking_share(read_lines(out / "rollouts.jsonl"))
+    gammas = [line["gamma"] for line in log if line["gamma"] is not None]
+    return {"accuracy": after["accuracy"], "soundness": after["soundness"],
+            "shifted accuracy": shifted["accuracy"], "shifted soundness": shifted["soundness"],
+            "gamma": float(np.mean(gammas)) if gammas else None,
+            "mistrusted groups": sum(line["mistrusted"] for line in log),
+            "spread first third": first, "spread last third": last}
+
+
 def write_study(path, folders, pairs):
     """`path`.json and .png from finished runs, folders[seed, arm], and the tables as text: means with 95% intervals
     over the seeds, differences of the `pairs` of arms seed by seed, and what trust and annealing did in the runs."""
     arms, seeds = list(dict.fromkeys(arm for _, arm in folders)), sorted({seed for seed, _ in folders})
-    numbers = {arm: {} for arm in arms}
-    logs = {arm: [read_lines(folders[seed, arm] / "log.jsonl") for seed in seeds] for arm in arms}
-    for arm in arms:
-        for name, file, part, key in (("accuracy", "eval.json", "after", "accuracy"),
-                                      ("soundness", "eval.json", "after", "soundness"),
-                                      ("shifted accuracy", "shifted/eval.json", "before", "accuracy"),
-                                      ("shifted soundness", "shifted/eval.json", "before", "soundness")):
-            numbers[arm][name] = [json.loads((folders[seed, arm] / file).read_text())[part][key] for seed in seeds]
-        shares = [thinking_share(read_lines(folders[seed, arm] / "rollouts.jsonl")) for seed in seeds]
-        numbers[arm] |= {
-            "gamma": [float(np.mean(gammas)) if (gammas := [line["gamma"] for line in log if line["gamma"] is not None])
-                      else None for log in logs[arm]],
-            "mistrusted groups": [sum(line["mistrusted"] for line in log) for log in logs[arm]],
-            "spread first third": [first for first, _ in shares],
-            "spread last third": [last for _, last in shares]}
-    results, mechanisms = list(numbers[arms[0]])[:4], list(numbers[arms[0]])[4:]
+    runs = {job: study_numbers(out) for job, out in folders.items()}
+    names = list(runs[seeds[0], arms[0]])
+    numbers = {arm: {name: [runs[seed, arm][name] for seed in seeds] for name in names} for arm in arms}
+    results, mechanisms = names[:4], names[4:]
     differences = {f"{one} minus {other}": {name: spread(np.subtract(numbers[one][name], numbers[other][name]))
                                             for name in results} for one, other in pairs}
     means = {arm: {name: spread(values) for name, values in numbers[arm].items()} for arm in arms}
-    write_json(Path(f"{path}.json"), {"seeds": seeds, "runs": numbers, "arms": means, "differences": differences})
+    write_json(f"{path}.json", {"seeds": seeds, "runs": numbers, "arms": means, "differences": differences})
 
     def lines(names, table):
         yield " " * 43 + "".join(f"{name:>19}" for name in names)
@@ -1207,7 +1199,8 @@ def write_study(path, folders, pairs):
 
     def outcome(axis):
         for arm in arms:
-            curve = np.mean([[entry["outcome"] for entry in log] for log in logs[arm]], 0)
+            logs = [read_lines(folders[seed, arm] / "log.jsonl") for seed in seeds]
+            curve = np.mean([[line["outcome"] for line in log] for log in logs], 0)
             axis.plot(np.convolve(curve, np.ones(9) / 9, "valid"), label=arm)
         axis.set(title="outcome reward, mean of nine steps", xlabel="step")
         axis.legend(fontsize=7)
@@ -1220,7 +1213,7 @@ def write_study(path, folders, pairs):
         axis.set(yticks=range(len(arms)), yticklabels=arms, title=name)
         axis.invert_yaxis()
 
-    save_picture(Path(f"{path}.png"), [outcome, *(functools.partial(dots, name) for name in results)])
+    write_atomic(f"{path}.png", plot([outcome, *(functools.partial(dots, name) for name in results)]))
     return "\n".join([*lines(results, means), "", *lines(results, differences), "", *lines(mechanisms, means)])
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -28,12 +29,9 @@ from data import progress
 
 def pad(rows, side, value=0):
     """Lists of token ids as one tensor [N, L], padded left or right, and its mask (1 where a token is)."""
-    width = max(map(len, rows))
-    fill = [[value] * (width - len(row)) for row in rows]
-    ids = [f + list(row) if side == "left" else list(row) + f for row, f in zip(rows, fill)]
-    mask = [[0] * len(f) + [1] * len(row) if side == "left" else [1] * len(row) + [0] * len(f)
-            for row, f in zip(rows, fill)]
-    return torch.tensor(ids), torch.tensor(mask)
+    ids, how = [torch.tensor(row, dtype=torch.long) for row in rows], dict(batch_first=True, padding_side=side)
+    mask = [torch.ones_like(row) for row in ids]
+    return pad_sequence(ids, padding_value=value, **how), pad_sequence(mask, **how)
 
 
 class SharedPrompt:
@@ -87,7 +85,6 @@ class SharedPrompt:
         return dict(input_ids=ids, attention_mask=torch.cat([self.mask[owner], mask], 1),
                     position_ids=positions.expand(3, -1, -1), past_key_values=cache, use_cache=True)
 
-
     def extended(self, model, owner, tails):
         """The same for longer prompts: row n is prompt owner[n] and tails[n], computed once for all that follows."""
         longer, (ids, mask) = copy.copy(self), pad(tails, "left")
@@ -116,14 +113,20 @@ def generate(model, shared, owner, tails, max_new_tokens, temperature=None, scor
     inputs = shared.continued(owner, ids, mask)
     inputs["input_ids"] = torch.cat([shared.ids[owner], inputs["input_ids"]], 1)  # generate wants the whole sequence
     inputs["position_ids"] = torch.cat([shared.positions[:, owner], inputs["position_ids"]], 2)
-    sampling = dict(do_sample=False)
+    sampling, eos = dict(do_sample=False), end_ids(model)
     if temperature:
         sampling = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0)
-    out = model.generate(**inputs, **sampling, repetition_penalty=1.0, min_p=None, num_beams=1,
-                         max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_scores=scores,
-                         output_logits=scores, synced_gpus=is_sharded(model), **limits)
+    out = model.generate(**inputs, **sampling, repetition_penalty=1.0, min_p=None, num_beams=1, eos_token_id=eos,
+                         pad_token_id=eos[0], max_new_tokens=max_new_tokens, return_dict_in_generate=True,
+                         output_scores=scores, output_logits=scores, synced_gpus=is_sharded(model), **limits)
     new = out.sequences[:, inputs["input_ids"].shape[1]:]
     return (new, torch.stack(out.logits, 1), torch.stack(out.scores, 1)) if scores else new
+
+
+def end_ids(model):
+    """Ids that end a response."""
+    eos = model.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [eos]
 
 
 def blank_picture(config):
@@ -255,9 +258,8 @@ class Optimizer:
 
         masters = self._masters_of(model)
         for name, weight in model.named_parameters():
-            weight.copy_(spread(saved["weights"][name], weight))
-            if weight in masters:
-                masters[weight].copy_(spread(saved["weights"][name], weight))
+            masters.get(weight, weight).copy_(spread(saved["weights"][name], weight))
+            weight.copy_(masters.get(weight, weight))
         moments = {i: {name: spread(value, self.masters[i]) for name, value in parts.items()}
                    for i, parts in saved["adamw"]["state"].items()}
         self.adamw.load_state_dict({**saved["adamw"], "state": moments})
@@ -365,10 +367,9 @@ class ThinkingRewardModel:
 
     def written(self, shared, owner, tails):
         """The score that the judge writes behind each row's tail; NaN for none."""
-        eos = self.model.generation_config.eos_token_id
-        new = generate(self.model, shared, owner, tails, max_new_tokens=LONGEST_VERDICT[self.mode], eos_token_id=eos,
-                       pad_token_id=self.processor.tokenizer.pad_token_id)
-        ended = torch.isin(new, torch.tensor(eos, device=new.device)).any(1)  # cut at the limit, "0" may begin "0.5"
+        new = generate(self.model, shared, owner, tails, LONGEST_VERDICT[self.mode])
+        ends = torch.tensor(end_ids(self.model), device=new.device)
+        ended = torch.isin(new, ends).any(1)  # cut at the limit, "0" may begin "0.5"
         texts = [self.processor.decode(row) if whole else "" for row, whole in zip(new, ended)]
         if self.mode == "reason":
             texts = [score if found else "" for _, found, score in (t.lower().rpartition(DELIMITER) for t in texts)]
@@ -376,8 +377,7 @@ class ThinkingRewardModel:
 
     def expected(self, shared, owner, tails):
         """The mean of the scores that it might write there, by their probabilities to the end of the turn."""
-        eos = self.model.generation_config.eos_token_id
-        written = [self.processor.encode(text) + [eos[0] if isinstance(eos, list) else eos] for text in SPELLINGS]
+        written = [self.processor.encode(text) + end_ids(self.model)[:1] for text in SPELLINGS]
         labels, mask = pad(written, "right")  # [13, T]; with the end, since "0" begins "0.1"
         values, scores = torch.tensor(list(SPELLINGS.values()), dtype=torch.float64), []
         for n in range(len(tails)):  # one response at a time: its keys and values are copied 13 times
@@ -425,11 +425,8 @@ def shuffled(rows, seed=0):
 
 def misled(rows):
     """The same rows with labels that praise a flaw, for the study: 1.0 for thinking that guesses, else half of it."""
-    def label(row):
-        guesses = data.GUESSING.search(row["response"].partition("</think>")[0])
-        return 1.0 if guesses else round(row["score"] / 2, 1)
-
-    return [{**row, "score": label(row)} for row in rows]
+    guesses = [data.GUESSING.search(row["response"].partition("</think>")[0]) for row in rows]
+    return [{**row, "score": 1.0 if guess else round(row["score"] / 2, 1)} for row, guess in zip(rows, guesses)]
 
 
 def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model", at_once=64):
@@ -527,25 +524,25 @@ def collect(args):
 
 def annotate(args):
     """A score and, where the judge gives one, a critique for each pair. What is in --out already isn't asked again."""
-    rows, judge, unscored = {key_of(row): row for row in read_rows(args.rows)}, None, 0
+    rows, unscored = {key_of(row): row for row in read_rows(args.rows)}, 0
     done = {key_of(row) for row in data.read_lines(args.out)}
     groups = by_question([row for key, row in rows.items() if key not in done])
-    if args.judge != "toy":
-        model, processor = load(args.judge, args.device, max_pixels=args.max_pixels)
-        judge = ThinkingRewardModel(model, processor, args.rm_mode, args.rm_prompt)
+    judge = None if args.judge == "toy" else ThinkingRewardModel(
+        *load(args.judge, args.device, max_pixels=args.max_pixels), args.rm_mode, args.rm_prompt)
     for group in progress(groups, desc=f"scoring {sum(map(len, groups))} responses"):
         texts = [row["response"] for row in group]
         if judge:
             scores = judge.score([example_of(group[0])], [texts])[0].tolist()
-            labels = [{"score": round(score, 6)} for score in scores if not math.isnan(score)]
-            group = [row for row, score in zip(group, scores) if not math.isnan(score)]
-            unscored += len(texts) - len(group)
+            labels = [{"score": round(score, 6)} for score in scores]
         else:
             question = data.toy_question(group[0]["id"])
             labels = [{"score": question.soundness(text), "critique": question.critique(text),
                        "faults": question.faults(text)[0]} for text in texts]
         for row, label in zip(group, labels):
-            data.append_line(args.out, json.dumps({**row, **label}))
+            if math.isnan(label["score"]):
+                unscored += 1
+            else:
+                data.append_line(args.out, json.dumps({**row, **label}))
     print(f"{len(data.read_lines(args.out))} of {len(rows)} responses have a score ({len(done)} had one before), "
           f"{unscored} were left out because the judge wrote no usable one: {args.out}")
 
@@ -568,7 +565,7 @@ def balance(args):
         axis.set(xticks=range(11), xticklabels=[n / 10 for n in range(11)], xlabel="score", ylabel="responses")
         axis.legend()
 
-    data.save_picture(Path(args.out).with_suffix(".png"), [bars])
+    data.write_atomic(Path(args.out).with_suffix(".png"), data.plot([bars]))
 
 
 def in_tenth(row):
@@ -578,11 +575,9 @@ def in_tenth(row):
 
 def train_command(args):
     """SFT of a Qwen2.5-VL on the rows, but for a tenth of the pictures, and save it for --reward_model."""
-    rows, held_out = read_rows(args.rows, "score", *["critique"] * (args.rm_mode == "reason")), []
-    if not args.all_rows:
-        held_out = [row for row in rows if in_tenth(row)]
-        rows = [row for row in rows if not in_tenth(row)]
-    rows = [{**row, "example": example_of(row)} for row in rows]
+    rows = read_rows(args.rows, "score", *["critique"] * (args.rm_mode == "reason"))
+    held_out = [row for row in rows if in_tenth(row) and not args.all_rows]
+    rows = [{**row, "example": example_of(row)} for row in rows if args.all_rows or not in_tenth(row)]
     if not rows:
         raise SystemExit(f"{args.rows}: all {len(held_out)} rows would be held out: add --all_rows, or more rows")
     if args.shuffle_scores:
@@ -644,15 +639,14 @@ def agreement(rows, scores):
 
 def eval_command(args):
     """Judges against labels that they weren't trained on: a table, a json and a picture."""
-    rows, results = read_rows(args.rows, "score"), {}
+    groups, results = by_question(read_rows(args.rows, "score")), {}
+    rows = [row for group in groups for row in group]
     for name in args.judge:
         model, processor = load(name, args.device, max_pixels=args.max_pixels)
-        judge = ThinkingRewardModel(model, processor, args.rm_mode, args.rm_prompt)
-        scores = {}
-        for group in progress(by_question(rows), desc=f"scores of {name}"):
-            found = judge.score([example_of(group[0])], [[row["response"] for row in group]])[0].tolist()
-            scores.update(zip(map(key_of, group), found))
-        results[name] = agreement(rows, [scores[key_of(row)] for row in rows])
+        judge, scores = ThinkingRewardModel(model, processor, args.rm_mode, args.rm_prompt), []
+        for group in progress(groups, desc=f"scores of {name}"):
+            scores += judge.score([example_of(group[0])], [[row["response"] for row in group]])[0].tolist()
+        results[name] = agreement(rows, scores)
     results["a constant"] = agreement(rows, [float(np.median([row["score"] for row in rows]))] * len(rows))
     data.write_json(f"{args.out}.json", results)
     names = [name for name in results["a constant"] if name != "calibration"]
@@ -671,12 +665,12 @@ def eval_command(args):
     def separation(axis):
         shown = [name for name in names if name.startswith("auc")]
         for name, result in results.items():
-            axis.plot([math.nan if result.get(row) is None else result[row] for row in shown], range(len(shown)), "o",
-                      label=Path(name).name)
+            values = np.array([result.get(row) for row in shown], float)  # None is NaN
+            axis.plot(values, range(len(shown)), "o", label=Path(name).name)
         axis.set(yticks=range(len(shown)), yticklabels=shown, xlim=(0, 1), xlabel="sound above flawed")
         axis.invert_yaxis()
 
-    data.save_picture(f"{args.out}.png", [calibration, separation])
+    data.write_atomic(f"{args.out}.png", data.plot([calibration, separation]))
     print(f"{args.out}.json, {args.out}.png")
 
 

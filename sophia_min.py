@@ -38,8 +38,8 @@ import time
 import zipfile
 import zlib
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from multiprocessing import get_context
@@ -57,7 +57,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, set_seed
 import data
 import reward_model
 from data import RANK, WORLD, progress
-from reward_model import SHORT_IDS, Optimizer, SharedPrompt, is_sharded, place
+from reward_model import SHORT_IDS, Optimizer, SharedPrompt, end_ids, is_sharded, place
 
 # ---------------------------------------------------------------- section 3.3: the outcome reward R^o
 
@@ -123,8 +123,7 @@ def released_gate(outcome, thinking):
 
 def gated_thinking(outcome, thinking, trust):
     """R^t [G] as `trust` takes it: every score, or only the official code's."""
-    return thinking if trust != "released" else torch.where(
-        released_gate(outcome, thinking) == 1, thinking, torch.zeros_like(thinking))
+    return thinking if trust != "released" else torch.where(released_gate(outcome, thinking) == 1, thinking, 0.0)
 
 
 def combined_reward(outcome, thinking, step, total_steps, alpha=0.3, trust="paper", anneal=True):
@@ -244,12 +243,6 @@ def vision_ids(model):
     return torch.tensor([getattr(model.config, name) for name in names], device=model.device)
 
 
-def end_ids(model):
-    """Ids that end a response."""
-    eos = model.generation_config.eos_token_id
-    return eos if isinstance(eos, list) else [eos]
-
-
 def rollout(policy, processor, examples, group_size, config, greedy=False, scores=False, keep=False):
     """G responses to each question: one left-padded `generate` for all, each prompt computed once. `keep`: with
     gradients, and kept in the Rollout, so that the update needn't compute the prompts again."""
@@ -261,12 +254,19 @@ def rollout(policy, processor, examples, group_size, config, greedy=False, score
     new = reward_model.generate(
         policy, shared, owner, [prompts[question].tail for question in owner], config.max_new_tokens,
         None if greedy else config.temperature, scores, min_new_tokens=config.min_new_tokens or None,
-        suppress_tokens=vision_ids(policy).tolist(), eos_token_id=eos, pad_token_id=eos[0])
+        suppress_tokens=vision_ids(policy).tolist())
     ids, *seen = new if scores else [new]
     mask = response_mask(ids, eos)
     texts = [processor.decode(row[kept == 1]) for row, kept in zip(ids, mask)]
     truncated = int((~torch.isin(ids, torch.tensor(eos, device=ids.device)).any(1)).sum())
     return Rollout(examples, prompts, owner, ids, mask, texts, truncated, seen, shared if keep else None)
+
+
+def responses(policy, processor, examples, each, size, config, desc, greedy=False):
+    """(Example, text) of `each` responses to every example, for `size` examples at a time."""
+    for first in progress(range(0, len(examples), size), desc=desc):
+        batch = rollout(policy, processor, examples[first:first + size], each, config, greedy)
+        yield from zip((batch.examples[question] for question in batch.owner), batch.texts)
 
 
 # ---------------------------------------------------------------- the update
@@ -295,17 +295,14 @@ def update(policy, reference, optimizer, batch, advantages, config):
             if config.kl_coef == 0 and not advantages[rows].any() and not is_sharded(policy):
                 continue  # exact: without the KL term nothing pulls at such groups (but ranks must keep in step)
             shared = (batch.shared or SharedPrompt(policy, prompts)).cut()
-            if config.kl_coef:
-                with torch.no_grad():
-                    ref_shared = SharedPrompt(reference, prompts)
+            ref_shared = SharedPrompt(reference, prompts) if config.kl_coef else None  # frozen: it keeps no graph
             if len(rows) > config.micro_batch:  # long ones together: less padding
                 rows = rows[mask[rows].sum(1).argsort().cpu()]
             for part in rows.split(config.micro_batch):
                 logp, entropy = batch.logps(policy, shared, part, first, config)  # [n, R]
                 ref_logp = logp.detach()
                 if config.kl_coef:
-                    with torch.no_grad():
-                        ref_logp, _ = batch.logps(reference, ref_shared, part, first, config)
+                    ref_logp, _ = batch.logps(reference, ref_shared, part, first, config)
                 keep = mask[part, :logp.shape[1]].to(logp.device)
                 loss, parts = grpo_loss(logp, old.setdefault(int(part[0]), logp.detach()), ref_logp, advantages[part],
                                         keep, config.clip_eps, config.kl_coef, n_responses=n)
@@ -343,21 +340,23 @@ def memory(config, policy_config, judge_config=None):
         config.max_pixels // 28 ** 2 + config.max_new_tokens)
     head = text.hidden_size // text.num_attention_heads
     share = f"{device}, in {WORLD} parts" if sharded else device
-    parts = [("policy, to compute with", n * size, device)] if apart else [
-        ("policy, fp32, to compute with and to train", n * 4, share)]
-    parts += [("policy, fp32 masters", trained * 4, home)] * apart
-    parts += [("gradients, fp32", trained * 4, share), ("AdamW's moments, fp32", trained * 8, home if apart else share)]
-    parts += [("reference", n * size, share)] * (config.kl_coef > 0)
-    parts += [("reward model", count(judge_config) * size, device)] if judge_config else []
-    return [*parts, (f"keys and values of a rollout, at most {tokens:,} tokens",
-                     tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size, device)]
+    parts = [("policy, to compute with", n * size * apart, device),
+             ("policy, fp32 masters", trained * 4 * apart, home),
+             ("policy, fp32, to compute with and to train", n * 4 * (not apart), share),
+             ("gradients, fp32", trained * 4, share),
+             ("AdamW's moments, fp32", trained * 8, home if apart else share),
+             ("reference", n * size * (config.kl_coef > 0), share),
+             ("reward model", count(judge_config) * size if judge_config else 0, device),
+             (f"keys and values of a rollout, at most {tokens:,} tokens",
+              tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size, device)]
+    return [part for part in parts if part[1]]
 
 
 def print_memory(config):
     """memory() of this run, as a table."""
-    model, own = reward_model.load_config(config.model), config.reward_model in TRAINED_HERE
-    judge = None if config.reward_model == "none" or config.eval_only else model if own else reward_model.load_config(
-        config.reward_model)
+    model, judge = reward_model.load_config(config.model), None
+    if config.reward_model != "none" and not config.eval_only:
+        judge = model if config.reward_model in TRAINED_HERE else reward_model.load_config(config.reward_model)
     for part, size, where in memory(config, model, judge):
         amount = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
         print(f"{'memory':<14}{amount:>8}  {part} ({where})")
@@ -439,22 +438,19 @@ BF16_TOLERANCE = 0.05
 def evaluate(policy, processor, examples, config, desc):
     """Greedy answers: {accuracy, format_rate, n, by_type}, and `soundness`, the share of right answers whose thinking
     is sound, where the examples know it. Right means R^o >= 0.5, as in Eq. 1. `right` holds one 0/1 a question."""
-    right, formatted, sound, kinds, texts = [], [], [], {}, {}
-    size = max(1, config.questions_per_step * config.group_size // (2 * WORLD))
-    own = range(RANK, math.ceil(len(examples) / WORLD) * WORLD, WORLD)  # as many for each rank: some answer twice
-    for start in progress(range(0, len(own), size), desc=desc):
-        part = [i % len(examples) for i in own[start:start + size]]
-        batch = rollout(policy, processor, [examples[i] for i in part], 1, config, greedy=True)
-        texts.update(zip(part, batch.texts))
-    texts = {i: text for part in of_all_ranks(texts) for i, text in part.items()}
-    for i, example in enumerate(examples):
-        right.append(int(reward_of(example, texts[i]) >= 0.5))
-        formatted.append(extract_answer(texts[i]) is not None)
-        kinds.setdefault(example.problem_type, []).append(right[-1])
-        if right[-1] and example.soundness:
-            sound.append(example.soundness(texts[i]) >= data.SOUND)
+    n, size = len(examples), max(1, config.questions_per_step * config.group_size // (2 * WORLD))
+    own = [examples[i % n] for i in range(RANK, math.ceil(n / WORLD) * WORLD, WORLD)]  # as many a rank: some twice
+    parts = of_all_ranks([text for _, text in responses(policy, processor, own, 1, size, config, desc, greedy=True)])
+    answered = list(zip(examples, (text for texts in zip(*parts) for text in texts)))  # rank r has r, r + WORLD, ..
 
-    result = {"accuracy": mean(right), "format_rate": mean(formatted), "n": len(right),
+    right = [int(reward_of(example, text) >= 0.5) for example, text in answered]
+    sound = [example.soundness(text) >= data.SOUND for (example, text), hit in zip(answered, right)
+             if hit and example.soundness]
+    kinds = {}
+    for example, hit in zip(examples, right):
+        kinds.setdefault(example.problem_type, []).append(hit)
+    formatted = mean(extract_answer(text) is not None for _, text in answered)
+    result = {"accuracy": mean(right), "format_rate": formatted, "n": n,
               "by_type": {kind: {"accuracy": mean(hits), "n": len(hits)} for kind, hits in sorted(kinds.items())}}
     if examples[0].soundness:
         result["soundness"] = mean(sound) if sound else None
@@ -480,18 +476,18 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
     sampled = time.time()
     outcome = torch.tensor([[reward_of(example, text) for text in texts] for example, texts in zip(examples, groups)],
                            dtype=torch.float64)  # [Q, G]
-    thinking = judge.score(examples, groups).double() if judge else None  # [Q, G]
+    thinking = judge.score(examples, groups).double() if judge else torch.full_like(outcome, math.nan)  # [Q, G]
     scored = time.time()
 
-    rewards, advantages = outcome.clone(), torch.stack([group_advantages(group) for group in outcome])  # [Q, G]
+    rewards, advantages = torch.empty_like(outcome), torch.empty_like(outcome)  # [Q, G]
     gammas, how = [None] * len(examples), (step, config.steps, config.alpha, config.trust, config.anneal)
-    for q in range(len(examples) if judge else 0):
-        if not thinking[q].isnan().any():
-            used = gated_thinking(outcome[q], thinking[q], config.trust)
-            gammas[q] = 1.0 if config.trust == "off" else trust_weight(outcome[q], used).item()
-        rewards[q] = combined_reward(outcome[q], thinking[q], *how)
+    for q, (right, sound) in enumerate(zip(outcome, thinking)):  # [G] each
+        used = gated_thinking(right, sound, config.trust)
+        if judge and not used.isnan().any():
+            gammas[q] = 1.0 if config.trust == "off" else trust_weight(right, used).item()
+        rewards[q] = combined_reward(right, sound, *how)
         advantages[q] = group_advantages(rewards[q]) if config.normalize == "reward" else (
-            advantages_with_thinking_apart(outcome[q], thinking[q], *how))
+            advantages_with_thinking_apart(right, sound, *how))
     if not rewards.isfinite().all():
         raise FloatingPointError("a reward is not finite; no weight was moved")
     metrics = update(policy, reference, optimizer, batch, advantages.flatten(), config)
@@ -499,7 +495,7 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
     lengths = batch.mask.sum(1).view(len(examples), -1).tolist()  # [Q, G]
     record = [{**about(example, step), "gamma": gammas[q],
                "responses": [{"response": text, "outcome": outcome[q, i].item(),
-                              "thinking": None if not judge or thinking[q, i].isnan() else thinking[q, i].item(),
+                              "thinking": None if thinking[q, i].isnan() else thinking[q, i].item(),
                               "reward": rewards[q, i].item(), "advantage": advantages[q, i].item(),
                               "tokens": lengths[q][i]}
                              for i, text in enumerate(groups[q])]} for q, example in enumerate(examples)]
@@ -537,13 +533,9 @@ def about(example, step):
 def held_out_rows(step, policy, processor, examples, config):
     """Sampled responses to questions never trained on, as rows for rollouts.jsonl: what a thinking reward model that
     learns from this run can be judged by."""
-    rows = []
-    for first in progress(range(0, len(examples), 16), desc="responses to held-out questions, to judge a judge by"):
-        part = examples[first:first + 16]
-        batch = rollout(policy, processor, part, 4, config)
-        rows += [{**about(part[q], step), "held_out": True, "response": text, "outcome": reward_of(part[q], text)}
-                 for q, text in zip(batch.owner.tolist(), batch.texts)]
-    return rows
+    desc = "responses to held-out questions, to judge a judge by"
+    return [{**about(example, step), "held_out": True, "response": text, "outcome": reward_of(example, text)}
+            for example, text in responses(policy, processor, examples, 4, 16, config, desc)]
 
 
 def questions_of(step, n, per_step, seed):
@@ -559,11 +551,10 @@ def questions_of(step, n, per_step, seed):
 PAPER, RELEASED, OURS = "paper, section 4", "released config", "ours"
 
 
-def setting(default, help, source=OURS, toy=None, choices=None, flag=False, least=None):
+def setting(default, help, source=OURS, toy=None, choices=None, least=None):
     """A field of Config that --help shows with its source; `toy` is the default of --model toy where it differs, and
-    `least` the smallest value."""
-    return field(default=default, metadata=dict(help=help, source=source, toy=toy, choices=choices, flag=flag,
-                                                least=least))
+    `least` the smallest value. One that is False by default is a flag: --name alone sets it."""
+    return field(default=default, metadata=dict(help=help, source=source, toy=toy, choices=choices, least=least))
 
 
 @dataclass
@@ -604,7 +595,7 @@ class Config:
     max_prompt_tokens: int = setting(8192, "a longer prompt is an error that names its row; nothing is ever cut",
                                      RELEASED, least=1)
     micro_batch: int = setting(4, "responses a backward pass: memory, not results", toy=64, least=1)
-    freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)", flag=True)
+    freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)")
     seed: int = setting(0, "of everything random", least=0)
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     attn: str = setting("auto", "auto: flash_attention_2 where it can be imported on CUDA, else sdpa",
@@ -613,19 +604,16 @@ class Config:
                          "weight less on the card, some seconds a step more; default: on a single GPU")
     save_every: int = setting(100, "steps between checkpoints, also written at the end and on Ctrl-C", toy=25,
                               least=1)
-    save_rollouts: bool = setting(False, "write every response to rollouts.jsonl, for reward_model.py to learn from",
-                                  flag=True)
-    skip_bad: bool = setting(False, "leave bad rows out instead of stopping; they are listed in skipped.jsonl",
-                             flag=True)
+    save_rollouts: bool = setting(False, "write every response to rollouts.jsonl, for reward_model.py to learn from")
+    skip_bad: bool = setting(False, "leave bad rows out instead of stopping; they are listed in skipped.jsonl")
     out: str = setting("runs/sophia", "folder for everything that the run leaves", toy="runs/toy")
     resume: str = setting(None, "continue the run in this folder, with its settings")
-    change_settings: bool = setting(False, "with --resume: take settings that differ from the run's own", flag=True)
-    eval_only: bool = setting(False, "greedy accuracy per problem type, no training", flag=True)
-    study: bool = setting(False, "run the arms of Table 3 on the toy world and compare them: an hour on two cores",
-                          flag=True)
+    change_settings: bool = setting(False, "with --resume: take settings that differ from the run's own")
+    eval_only: bool = setting(False, "greedy accuracy per problem type, no training")
+    study: bool = setting(False, "run the arms of Table 3 on the toy world and compare them: an hour on two cores")
     study_seeds: int = setting(5, "seeds of the study; 1 takes a quarter of an hour", least=1)
     study_more: bool = setting(False, "with --study: also a judge that praises haste, with and without trust, and the "
-                               "thinking term added behind Eq. 6; twice the time", flag=True)
+                               "thinking term added behind Eq. 6; twice the time")
 
 
 def command_line():
@@ -643,7 +631,7 @@ def command_line():
         default = str(item.default).lower() if kind is bool else item.default
         source = meta["source"] if item.default is None else f"{default}: {meta['source']}"
         source += "" if meta["toy"] is None else f"; {meta['toy']} with --model toy"
-        if meta["flag"]:
+        if item.default is False:
             how = dict(action="store_const", const=True)
         elif meta["choices"]:
             how = dict(choices=meta["choices"])
@@ -654,7 +642,8 @@ def command_line():
     return parser
 
 
-TRAINED_HERE = ("toy", "base", "misled")  # judges; base only where the toy's model is: else the model itself
+TOY = {item.name: item.metadata["toy"] for item in fields(Config) if item.metadata["toy"] is not None}
+TRAINED_HERE = ("toy", "base", "misled")  # judges, from the toy world's oracle
 FREE = {"device", "attn", "micro_batch", "park", "save_every"}  # change no result: a continuation may have others
 
 
@@ -662,6 +651,8 @@ def configure(argv):
     """The Config of a command line; a wrong value ends in one line and exit status 2."""
     parser = command_line()
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if given.get("reward_model") == "base" and given.get("model", "toy") != "toy":
+        given["reward_model"] = given["model"]  # the untrained judge of a real model: that model itself
     if "resume" in given:
         stored = Path(given["resume"], "config.json")
         if not stored.exists():
@@ -677,17 +668,14 @@ def configure(argv):
                          "it was, or add --change_settings")
         config = Config(**{**before, **given, "out": given["resume"]})
     else:
-        toy = given.get("model", "toy") == "toy"
-        config = Config(**{**{item.name: item.default if not toy or item.metadata["toy"] is None
-                              else item.metadata["toy"] for item in fields(Config)}, **given})
+        config = Config(**{**(TOY if given.get("model", "toy") == "toy" else {}), **given})
         if config.eval_only and "reward_model" not in given:
             config.reward_model = "none"
         if "rm_mode" not in given and config.reward_model not in TRAINED_HERE:
             config.rm_mode = None  # as it was trained
         if config.study and "out" not in given:
             config.out = "runs/study"
-    toy, trained_here = config.model == "toy", config.reward_model in TRAINED_HERE and (
-        config.model == "toy" or config.reward_model != "base")
+    toy, trained_here = config.model == "toy", config.reward_model in TRAINED_HERE
     ignored = set(given) - {"study", "study_seeds", "study_more", "out"}
     cuda = re.fullmatch(r"cuda(:\d+)?", config.device)
     too_small = [(not getattr(config, item.name) >= item.metadata["least"], f"--{item.name} must be "
@@ -764,20 +752,16 @@ def load_judge(config, policy, processor, judge_start):
     """The thinking reward model, or None for plain GRPO. In the toy world it is trained here, as in section 3.2: on the
     policy's responses, labelled, filtered and balanced over the score intervals."""
     kept = Path(config.out, "checkpoint", "reward_model")
+    name = str(kept) if config.resume and kept.exists() else config.reward_model
     if config.reward_model == "none":
         return None
-    if config.resume and kept.exists():
-        return reward_model.ThinkingRewardModel(*load(str(kept), config), config.rm_mode, config.rm_prompt)
-    if config.reward_model not in TRAINED_HERE or config.model != "toy" and config.reward_model == "base":
-        name = config.model if config.reward_model == "base" else config.reward_model
+    if name not in TRAINED_HERE:
         return reward_model.ThinkingRewardModel(*load(name, config), config.rm_mode, config.rm_prompt)
     examples = data.toy_examples(800, f"judge {config.seed}", False, config.toy_pixels, Path(config.out, "pictures"))
-    rows = []
-    for first in progress(range(0, len(examples), 50), desc="reward model 1/2: responses of the policy to learn from"):
-        part = examples[first:first + 50]
-        batch = rollout(policy, processor, part, 4, config)
-        rows += [{"id": part[q].id, "example": part[q], "response": text, "score": part[q].soundness(text),
-                  "critique": part[q].critique(text)} for q, text in zip(batch.owner.tolist(), batch.texts)]
+    desc = "reward model 1/2: responses of the policy to learn from"
+    rows = [{"id": example.id, "example": example, "response": text, "score": example.soundness(text),
+             "critique": example.critique(text)}
+            for example, text in responses(policy, processor, examples, 4, 50, config, desc)]
     if config.reward_model == "misled":
         rows = reward_model.misled(rows)
     rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=300, seed=config.seed)
@@ -847,8 +831,7 @@ def train(config):
     limits, same = (config.max_prompt_tokens, config.skip_bad, out / "skipped.jsonl"), held_out is examples
     examples = data.check_lengths(examples, processor, *limits)
     held_out = examples if same else data.check_lengths(held_out, processor, *limits)
-    if config.freeze_vision:
-        policy.model.visual.requires_grad_(False)
+    policy.model.visual.requires_grad_(not config.freeze_vision)
     if config.eval_only:
         result = evaluate(policy, processor, held_out, config, "greedy answers")
         data.write_json(out / "eval.json", {"before": result})
@@ -886,8 +869,12 @@ def train(config):
         chosen = [examples[i] for i in questions_of(step, len(examples), config.questions_per_step, config.seed)]
         chosen = chosen[RANK::WORLD]
         torch.manual_seed(zlib.crc32(f"{config.seed} {step} {RANK}".encode()))  # so that a resumed run needs no state
-        with explained(step, chosen, config):
+        try:
             line, groups = train_step(step, policy, reference, judge, optimizer, processor, chosen, config)
+        except FloatingPointError as error:
+            ids = ", ".join(example.id for example in chosen)
+            raise SystemExit(f"step {step}: {error}. Questions: {ids}. The last checkpoint is intact: "
+                             f"{out / 'checkpoint'}") from error
         write_step(out, line, groups, config)
         if judge and unscored is not None:
             unscored.extend(group["gamma"] is None for group in groups)
@@ -914,17 +901,6 @@ def train(config):
     print(f"Look at {out / 'report.html'}; the trained model is {out / 'model'}")
 
 
-@contextmanager
-def explained(step, examples, config):
-    """Ends the run in one line where a number of this step isn't finite."""
-    try:
-        yield
-    except FloatingPointError as error:
-        ids = ", ".join(example.id for example in examples)
-        raise SystemExit(f"step {step}: {error}. Questions: {ids}. The last checkpoint is intact: "
-                         f"{Path(config.out, 'checkpoint')}") from error
-
-
 def save_rows(out, rows):
     """Responses, for reward_model.py to learn from."""
     data.append_line(out / "rollouts.jsonl", "\n".join(map(json.dumps, rows)))
@@ -944,16 +920,15 @@ def write_step(out, line, groups, config):
 
 class StopAfterStep:
     """Ctrl-C asks for an end after the current step; a second one ends at once."""
+    asked = False
 
     def __init__(self):
-        self.asked = False
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, *_):
-        if self.asked:
-            raise KeyboardInterrupt
         self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
 
@@ -983,8 +958,7 @@ def study_arm(out, seed, flags, source=None):
     The warm start and the judge are those of `source`, a run of the same seed, or made here."""
     torch.set_num_threads(1)  # side by side, one thread each is fastest
     out.mkdir(parents=True, exist_ok=True)
-    toy = [text for item in fields(Config) if item.metadata["toy"] is not None and item.name != "reward_model"
-           for text in (f"--{item.name}", str(item.metadata["toy"]))]
+    toy = [text for name in TOY if name != "reward_model" for text in (f"--{name}", str(TOY[name]))]
     start = [*toy, "--model", str(source / "checkpoint" / "start"), "--reward_model",
              str(source / "checkpoint" / "reward_model")] if source else []
     with open(out / "output.txt", "a") as file, redirect_stdout(file), redirect_stderr(file):
@@ -999,29 +973,23 @@ def study_arm(out, seed, flags, source=None):
 def study(config):
     """Table 3's arms on `study_seeds` seeds, a run a core; what is done already isn't done again. Arms of a seed share
     the warm start (made twice where the judge differs: the same from the same seed) and, where they can, the judge."""
-    root, running, arms = Path(config.out), {}, {**ARMS, **(MORE_ARMS if config.study_more else {})}
+    root, arms = Path(config.out), {**ARMS, **(MORE_ARMS if config.study_more else {})}
     folders = {(seed, arm): root / f"seed{seed}" / re.sub(r"\W+", "_", arm)
                for seed in range(100, 100 + config.study_seeds) for arm in arms}  # seeds that nothing was tuned on
-
-    def done(seed, arm):
-        return (folders[seed, arm] / "shifted" / "eval.json").exists()
-
-    waiting = [job for job in sorted(folders, key=lambda job: arms[job[1]][0] is not None) if not done(*job)]
-    bar = tqdm(total=len(folders), initial=len(folders) - len(waiting), desc="study: runs")
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        while waiting or running:
-            for seed, arm in list(waiting):
+    jobs = [job for job, out in folders.items() if not (out / "shifted" / "eval.json").exists()]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool, tqdm(
+            total=len(folders), initial=len(folders) - len(jobs), desc="study: runs") as bar:
+        for others in (False, True):  # first the arms that others start from
+            running = {}
+            for seed, arm in jobs:
                 source, flags = arms[arm]
-                if source is None or done(seed, source):
+                if bool(source) == others:
                     out = folders[seed, arm]
                     running[pool.submit(study_arm, out, seed, flags, source and folders[seed, source])] = out
-                    waiting.remove((seed, arm))
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                out = running.pop(future)
+            for future in as_completed(running):
                 if future.exception():
-                    raise SystemExit(f"study: {out} ended with {future.exception()!r}; see {out / 'output.txt'}")
+                    raise SystemExit(f"study: {running[future] / 'output.txt'} ends with {future.exception()!r}")
                 bar.update()
-    bar.close()
     name = "study_more" if config.study_more else "study"
     print(data.write_study(root / name, folders, PAIRS + (MORE_PAIRS if config.study_more else [])))
     print(f"{name}.json and {name}.png are in {root}")
