@@ -149,7 +149,8 @@ def check_picture(root: str, name: str, max_aspect: float, max_image_pixels: int
 
 def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None = None, *, skip_bad: bool = False,
                   skipped_path: str | os.PathLike | None = None, max_aspect: float = 200,  # the image processor's
-                  max_image_pixels: int = 100_000_000, min_side: int = 1) -> Sequence[Example]:  # ours
+                  max_image_pixels: int = 100_000_000, min_side: int = 1,  # ours
+                  bar: bool = True) -> Sequence[Example]:
     """Read rows in the paper's format (section 3.1) from .json, a list, or .jsonl, one a line, and check them all.
 
     image_root: the folder that the rows' paths start from (default: the file's). The pixels stay in their files.
@@ -164,7 +165,7 @@ def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None 
 
     # cached: many questions share a picture
     find_picture = functools.cache(lambda name: check_picture(root, name, max_aspect, max_image_pixels, min_side))
-    for number, row in progress(rows, desc="checking rows", delay=1, leave=False):
+    for number, row in tqdm(rows, desc="checking rows", delay=1, leave=False, disable=not bar or RANK > 0):
         try:
             if path.suffix.lower() == ".jsonl":
                 row = _parse(row)

@@ -74,7 +74,7 @@ def rows_in(tmp_path):
         if text is None:
             text = "\n".join(map(json.dumps, content)) if name.lower().endswith("l") else json.dumps(list(content))
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return data.load_examples(path, **options)
+        return data.load_examples(path, bar=False, **options)
     load.folder = tmp_path / "data"
     return load
 
@@ -280,6 +280,13 @@ def test_the_first_20_of_many_bad_rows(rows_in):
     with pytest.raises(data.DataError) as caught:
         rows_in(*[paper_row(problem_id=i, problem="") for i in range(20)])
     assert "more" not in str(caught.value)
+
+
+def test_bar_shows_on_stderr_only_when_asked(rows_in, capsys, monkeypatch):
+    monkeypatch.setattr(data, "tqdm", lambda it, **options: print("bar", not options["disable"]) or it)
+    rows_in(paper_row())
+    data.load_examples(rows_in.folder / "rows.json")
+    assert capsys.readouterr().out == "bar False\nbar True\n"
 
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
