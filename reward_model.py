@@ -142,6 +142,14 @@ def is_sharded(model):
     return isinstance(next(model.parameters()), DTensor)
 
 
+def named_weights(model):
+    """The model's parameters by name. After a forward pass FSDP leaves those of the root in one piece, as other
+    tensors: first back into the parts that a rank owns."""
+    if is_sharded(model):
+        model.reshard()
+    return dict(model.named_parameters())
+
+
 # ---------------------------------------------------------------- models, precision, supervised fine-tuning
 
 SHORT_IDS = {f"Qwen/Qwen2.5-VL-{size}": f"Qwen/Qwen2.5-VL-{size}-Instruct" for size in ("3B", "7B", "32B", "72B")}
@@ -192,7 +200,7 @@ class Optimizer:
     is the bf16 policy and the sum of its gradients, 6 bytes a weight instead of 18."""
 
     def __init__(self, model, lr, betas=(0.9, 0.999), park=False):
-        self.weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self.weights = [weight for weight in named_weights(model).values() if weight.requires_grad]
         self.apart = park or self.weights[0].dtype == torch.bfloat16
         self.masters = self.weights if not self.apart else [
             torch.nn.Parameter(weight.detach().to("cpu" if park else weight.device, torch.float32, copy=True))
@@ -237,16 +245,11 @@ class Optimizer:
     def state(self, model):
         """All that a resumed run needs of the model and of AdamW, in fp32 and in one piece: the same from one process
         and from several. Rank 0 alone gets it."""
-        masters = self._masters_of(model)
+        masters = dict(zip(self.weights, self.masters))
         return {"weights": {name: data.gathered(masters.get(weight, weight).detach())
-                            for name, weight in model.named_parameters()},
+                            for name, weight in named_weights(model).items()},
                 "adamw": tree_map(lambda value: data.gathered(value) if isinstance(value, torch.Tensor) else value,
                                   self.adamw.state_dict())}
-
-    def _masters_of(self, model):
-        if is_sharded(model):
-            model.reshard()  # after a forward pass FSDP leaves the root's parameters in one piece, others than ours
-        return dict(zip(self.weights, self.masters))
 
     @torch.no_grad()
     def restore(self, model, saved):
@@ -256,8 +259,8 @@ class Optimizer:
                 return tensor
             return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
-        masters = self._masters_of(model)
-        for name, weight in model.named_parameters():
+        masters = dict(zip(self.weights, self.masters))
+        for name, weight in named_weights(model).items():
             masters.get(weight, weight).copy_(spread(saved["weights"][name], weight))
             weight.copy_(masters.get(weight, weight))
         moments = {i: {name: spread(value, self.masters[i]) for name, value in parts.items()}

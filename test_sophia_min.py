@@ -3581,7 +3581,7 @@ def test_groups_that_say_nothing_or_all_the_same(road, road_examples, monkeypatc
 # ---------------------------------------------------------------- several processes, and what fits where
 
 FIXED_ROLLOUTS = """
-import copy, dataclasses, os, random, sys
+import copy, dataclasses, os, random, sys, zlib
 sys.path.insert(0, sys.argv[1])
 import torch
 import data, reward_model, sophia_min
@@ -3606,6 +3606,9 @@ if world > 1:
     sophia_min.shard(model, torch.float32), sophia_min.shard(reference, torch.float32)
     assert reward_model.is_sharded(model) and sum(
         w.to_local().numel() for w in model.parameters()) < 0.6 * sum(w.numel() for w in model.parameters())
+sophia_min.reward_of = lambda example, text: zlib.crc32((example.id + text).encode()) % 2  # who answered what
+short = dataclasses.replace(config, max_new_tokens=6)
+answers = sophia_min.evaluate(model, processor, data.toy_examples(9, 1), short, "greedy answers")
 optimizer, losses = reward_model.Optimizer(model, 1e-3), []
 for _ in range(3):
     metrics = sophia_min.update(model, reference, optimizer, batch, advantages[own].flatten(), config)
@@ -3615,7 +3618,7 @@ config.kl_coef = 0.0
 sophia_min.update(model, reference, optimizer, batch, advantages[own].flatten(), config)
 state = optimizer.state(model)
 if rank == 0:
-    torch.save({"losses": losses, **state}, f"{out}/{world}.pt")
+    torch.save({"losses": losses, "answers": answers, **state}, f"{out}/{world}.pt")
 else:
     assert set(state["weights"].values()) == {None}  # no card holds all
 sophia_min.of_all_ranks("saved")
@@ -3691,6 +3694,7 @@ def test_two_processes_are_one(folders, real_rows, tmp_path):
     assert "stopped after step 1; go on with" in both.stderr, both.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-5)
+    assert one["answers"] == two["answers"] and 0 < sum(one["answers"]["right"]) < 9
     for name, weight in one["weights"].items():
         torch.testing.assert_close(weight, two["weights"][name], rtol=0, atol=3e-5, msg=name)  # 3 steps of up to 1e-3
     for i, moments in one["adamw"]["state"].items():
