@@ -268,10 +268,11 @@ class Optimizer:
         self.adamw.load_state_dict({**saved["adamw"], "state": moments})
 
 
-def sft(model, items, encode, steps, per_step, lr, desc, seed=0, at_once=64):
+def sft(model, items, encode, steps, per_step, lr, desc, seed=0, at_once=0):
     """Supervised fine-tuning: cross-entropy on the target tokens only. encode(item) gives (Prompt, tails, targets), all
-    rows of one prompt, which is computed once; `at_once` items a backward pass. Linear warm-up and decay. Changes
-    `model` in place."""
+    rows of one prompt, which is computed once; `at_once` items a backward pass (0: one on CUDA, where memory is short,
+    else all). Linear warm-up and decay. Changes `model` in place."""
+    at_once = at_once or (1 if model.device.type == "cuda" else per_step)
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95), park=model.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
     rng, queue = random.Random(seed), []
@@ -432,7 +433,7 @@ def misled(rows):
     return [{**row, "score": 1.0 if guess else round(row["score"] / 2, 1)} for row, guess in zip(rows, guesses)]
 
 
-def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model", at_once=64):
+def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model", at_once=0):
     """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}: loss on
     what it is to write only. Returns the ThinkingRewardModel."""
     judge = ThinkingRewardModel(model, processor, mode)
@@ -727,7 +728,8 @@ def main(argv=None):
                         "generate", "reason"),
             "epochs": (2.0, "passes over the questions (paper, section 3.2)"),
             "per_step": (8, "questions a step (ours)"),
-            "at_once": (1, "of them a backward pass: memory, not results"), "lr": (1e-5, "AdamW learning rate (ours)"),
+            "at_once": (0, "of them a backward pass: memory, not results (default: 1 on CUDA, else all)"),
+            "lr": (1e-5, "AdamW learning rate (ours)"),
             "all_rows": (False, "hold no tenth back: there are other rows to judge it by"),
             "shuffle_scores": (False, "learn scores that mean nothing: the untrained judge of Table 3"), **seed,
             **model}),
