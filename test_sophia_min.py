@@ -2174,12 +2174,12 @@ def test_update_in_float64_is_exact(road, road_reference, road_examples, more, m
     assert_same_metrics(metrics, plain, 1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_update_from_the_rollouts_own_computation_of_the_prompts(road, road_reference, road_examples, kind,
+@pytest.mark.parametrize("kind, micro_batch", [*((kind, "64") for kind in KINDS), ("mixed", "2")])
+def test_update_from_the_rollouts_own_computation_of_the_prompts(road, road_reference, road_examples, kind, micro_batch,
                                                                  true_float64):
     """The responses are those of a rollout that keeps nothing; the gradients are those of full sequences."""
     policy, reference = copy.deepcopy(road[0]).double(), copy.deepcopy(road_reference).double()
-    config, optimizer, batches = road_config("--micro_batch", "64"), GradientsOnly(policy), []
+    config, optimizer, batches = road_config("--micro_batch", micro_batch), GradientsOnly(policy), []
     for keep in (False, True):
         torch.manual_seed(6)
         batches.append(sophia_min.rollout(policy, road[1], road_examples[kind], G, config, keep=keep))
@@ -3128,7 +3128,12 @@ def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, ro
     metrics = dict(loss=0.0, kl=0.0, clip_frac=0.0, entropy=0.0, grad_norm=0.0)
     monkeypatch.setattr(sophia_min, "rollout", rollout)
     monkeypatch.setattr(sophia_min, "update", lambda *args: seen.append(args) or metrics)
-    line, record = sophia_min.train_step(4, policy, road_reference, judge, None, processor, examples, config)
+    step = [4, policy, road_reference, judge, None, processor, examples]
+    released, _ = sophia_min.train_step(*step, dataclasses.replace(config, trust="released"))
+    assert released["gamma"] == 1 and released["unscored"] == 1  # wrong answers' scores don't count there
+    off, _ = sophia_min.train_step(*step, dataclasses.replace(config, trust="off"))
+    assert off["gamma"] == 1 and seen.pop()[4].tolist() != seen.pop()[4].tolist()
+    line, record = sophia_min.train_step(*step, config)
     gamma, share = math.exp(0.2 - 0.7), 0.3 * math.exp(-0.4)
     rewards = [[1 + gamma * share * 0.2, gamma * share * 0.8, gamma * share * 0.6], [0, 1, 0],
                [share * 0.5, share * 0.4, share * 0.3]]
@@ -3143,6 +3148,23 @@ def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, ro
     assert json.loads(json.dumps([line, record], allow_nan=False)) == [line, record]
     assert [[r["reward"] for r in group["responses"]] for group in record] == [pytest.approx(r) for r in rewards]
     assert [group["gamma"] for group in record] == [pytest.approx(gamma), None, 1.0]
+
+
+def test_responses_go_with_their_own_examples(road, road_examples):
+    """Each example's, side by side, whatever the size of a batch."""
+    examples, config = road_examples["mixed"][:3], road_config()
+    for size in (1, 2, 5):
+        torch.manual_seed(2)
+        found = list(sophia_min.responses(*road, examples, 2, size, config, "responses"))
+        torch.manual_seed(2)
+        texts = [text for first in range(0, 3, size) for text in
+                 sophia_min.rollout(*road, examples[first:first + size], 2, config).texts]
+        assert found == list(zip((example for example in examples for _ in range(2)), texts))
+
+
+def test_an_untrained_judge_of_a_real_model_is_that_model():
+    assert sophia_min.configure(["--model", "m", "--reward_model", "base"]).reward_model == "m"
+    assert sophia_min.configure(["--reward_model", "base"]).reward_model == "base"
 
 
 def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
@@ -3636,7 +3658,7 @@ if rank == 0:
     for i, moments in saved["adamw"]["state"].items():
         assert all(torch.equal(value, again["adamw"]["state"][i][name]) for name, value in moments.items())
 if world > 1:  # in bf16 the same as one process: FSDP must not round what enters a layer, such as rotary angles
-    alone, spread = (data.toy_model(0)[0] for _ in range(2))
+    alone, spread = data.toy_model(0)[0], data.toy_model(rank)[0]  # all start from rank 0's
     for weight in alone.parameters():
         weight.data = weight.data.bfloat16()
     with torch.no_grad():
@@ -3734,20 +3756,31 @@ def test_a_model_can_have_one_optimizer_after_another(road):
 
 
 @pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_sft_takes_the_same_steps_however_many_items_at_once(road, road_examples, at_once):
+def test_sft_takes_the_same_steps_however_many_items_at_once(road, road_examples, at_once, monkeypatch):
     def encode(item):
         example, targets = item
         prompt = road[1].question(example)
         return prompt, [prompt.tail] * len(targets), [road[1].encode(text) for text in targets]
 
     items = list(zip(road_examples["mixed"], (["a red circle", "b"], ["blue"], ["one two three", "square", "c"])))
-    found = []
+    found, passes, shared = [], [], reward_model.SharedPrompt
+    monkeypatch.setattr(reward_model, "SharedPrompt", lambda model, prompts: passes.append(len(prompts)) or shared(
+        model, prompts))
     for n in (0, at_once):
         model = copy.deepcopy(road[0])
+        passes.clear()
         reward_model.sft(model, items, encode, 3, 3, 1e-3, "sft", at_once=n)
         found.append({name: weight.detach() - before for (name, weight), before in
                       zip(model.named_parameters(), road[0].parameters())})
+    assert max(passes) == at_once and sum(passes) == 9
     assert relative_error(found[1], found[0]) < 2e-3  # AdamW divides tiny gradients by their own size
+
+
+def test_sft_lets_go_of_the_model(road, road_examples):
+    model, prompt = copy.deepcopy(road[0]).bfloat16(), road[1].question(road_examples["text"][0])
+    for _ in range(2):
+        reward_model.sft(model, [0], lambda item: (prompt, [prompt.tail], [[5, 6]]), 1, 1, 1e-3, "sft")
+        assert not any(weight._post_accumulate_grad_hooks for weight in model.parameters())
 
 
 def test_a_parked_optimizer_takes_the_same_steps(road):
