@@ -334,17 +334,16 @@ def memory(config, policy_config, judge_config=None):
         return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trained_only)
 
     n, trained, text = count(policy_config), count(policy_config, True), policy_config.text_config
-    sharded, home = WORLD > 1, "host" if parked(config) else device
-    apart, size = parked(config) or dtype == torch.bfloat16 and not sharded, dtype.itemsize
+    sharded, size = WORLD > 1, dtype.itemsize
+    apart, split = parked(config) or dtype == torch.bfloat16 and not sharded, f", in {WORLD} parts" * sharded
+    share, home = device + split, ("host" if parked(config) else device) + split
     tokens = config.questions_per_step // WORLD * config.group_size * (
         config.max_pixels // 28 ** 2 + config.max_new_tokens)
     head = text.hidden_size // text.num_attention_heads
-    share = f"{device}, in {WORLD} parts" if sharded else device
-    parts = [("policy, to compute with", n * size * apart, device),
+    parts = [("policy, to compute with", n * size * (apart and not sharded), device),
              ("policy, fp32 masters", trained * 4 * apart, home),
-             ("policy, fp32, to compute with and to train", n * 4 * (not apart), share),
-             ("gradients, fp32", trained * 4, share),
-             ("AdamW's moments, fp32", trained * 8, home if apart else share),
+             ("policy, fp32, to compute with" + " and to train" * (not apart), n * 4 * (sharded or not apart), share),
+             ("gradients, fp32", trained * 4, share), ("AdamW's moments, fp32", trained * 8, home),
              ("reference", n * size * (config.kl_coef > 0), share),
              ("reward model", count(judge_config) * size if judge_config else 0, device),
              (f"keys and values of a rollout, at most {tokens:,} tokens",

@@ -3866,6 +3866,18 @@ def test_memory_of_the_published_sizes(shape, weights, world, monkeypatch):
     assert on_card < 60e9
 
 
+def test_memory_of_several_processes_that_park(road, monkeypatch):
+    """fp32 parts of the policy on the card, the masters' and moments' in host memory, as `shard` and Optimizer do."""
+    monkeypatch.setattr(sophia_min, "place", lambda *_: ("cuda", torch.bfloat16, "sdpa"))
+    monkeypatch.setattr(sophia_min, "WORLD", 2)
+    whole = sum(weight.numel() * 4 for weight in road[0].parameters())
+    found = sophia_min.memory(road_config("--park", "true"), road[0].config)
+    assert found[:4] == [("policy, fp32 masters", whole, "host, in 2 parts"),
+                         ("policy, fp32, to compute with", whole, "cuda, in 2 parts"),
+                         ("gradients, fp32", whole, "cuda, in 2 parts"),
+                         ("AdamW's moments, fp32", 2 * whole, "host, in 2 parts")]
+
+
 def test_a_real_models_memory_is_printed_before_it_is_loaded(folders, real_rows, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sophia_min, "load_policy", lambda config: sys.exit("not loaded"))
     with pytest.raises(SystemExit, match="not loaded"):
