@@ -1,5 +1,6 @@
 """The thinking reward model (paper, section 3.2): a Qwen2.5-VL that reads picture, question and response and writes one
-number, R^t. Below it, what all of sophia_min uses: the shared prompt, loading, AdamW, supervised fine-tuning."""
+number, R^t. Before it, what all of sophia_min uses: the shared prompt, loading, AdamW, supervised fine-tuning; behind
+it, the commands that make and measure one from the responses of a run."""
 import argparse
 import copy
 import difflib
@@ -481,7 +482,7 @@ def read_rows(path, *needed):
     """The rows of a JSON lines file, each with the fields `needed`. Ends in one line that names file, row and field."""
     rows = data.read_lines(path)
     if not rows:
-        raise SystemExit(f"{path}: no rows there")
+        raise SystemExit(f"{path}: {'no rows there' if Path(path).exists() else 'no such file'}")
     for number, row in enumerate(rows, 1):
         for name in {"id", "image", "problem", "problem_type", "options", "solution", "response", *needed} - set(row):
             raise SystemExit(f"{path}: row {number} ({row.get('id')}): {name}: is missing")
@@ -520,6 +521,8 @@ def collect(args):
     """The pool of different (question, response) pairs from runs that had --save_rollouts."""
     rows = [row for run in args.runs for row in read_rows(Path(run, "rollouts.jsonl"), "step")]
     rows, pool = [row for row in rows if row.get("held_out", False) == args.held_out], {}
+    if not rows:
+        raise SystemExit(f"{', '.join(args.runs)}: no such responses there; was the run made with --save_rollouts?")
     for row in rows:
         pool.setdefault(key_of(row), row)
     write_rows(args.out, pool.values())
@@ -696,7 +699,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """python reward_model.py collect|annotate|balance|train|eval"""
-    parser = Parser(prog="reward_model.py", description=__doc__)
+    parser = Parser(prog="reward_model.py", description=
+                    "From the responses of a run to a thinking reward model (paper, section 3.2), and how good it is.")
     commands = parser.add_subparsers(required=True, metavar="collect|annotate|balance|train|eval")
 
     def command(function, name, **options):
@@ -711,7 +715,8 @@ def main(argv=None):
         return sub
 
     model = {"device": ("auto", "auto, cpu, cuda or cuda:N"), "max_pixels": (1003520, "of pictures")}
-    mode = {"rm_mode": ("", "as in sophia_min.py; empty: as it was trained", "generate", "expected", "reason"),
+    mode = {"rm_mode": ("", "as in sophia_min.py; left out: as it was trained, else generate",
+                        "generate", "expected", "reason"),
             "rm_prompt": ("", "file with a judge's prompt of your own, see the README")}
     seed = {"seed": (0, "of everything random")}
     command(collect, "collect", out=(None, "file to write"), held_out=(

@@ -10,12 +10,14 @@ wrong answers got better thinking scores than right ones, the judge isn't to be 
 falls (Eq. 3); its share fades with time (Eq. 5); the group's rewards become advantages (Eq. 6) of a clipped update
 that stays near a frozen reference (Eq. 7).
 
-Departures from the paper, all of them:
+Departures from the paper:
 - OCR: exp(-WER), as in the released code: -WER is never >= 0.5, so Eq. 1 would never call a reading right.
 - A response in the wrong format earns R^o = 0 (the paper is silent, the authors say so); it is judged all the same.
 - Eq. 1-2 with nobody right or nobody wrong: gamma = 1. A judge without a usable score: the group's thinking term is
   dropped, and counted. Eq. 6: unbiased std + 1e-6 as released, and exact zeros where all rewards are equal.
 - Eq. 7 names one ratio a response; like the released code we take one a token, and a response's mean over its tokens.
+- The judge reads the whole response, answer included. Ids that stand for pictures are ruled out, in sampling and in
+  log-probabilities. The toy's `--reward_model base` has learned shuffled scores; Table 3's untrained judge, nothing.
 - No entropy bonus (the released code has one of 1e-3). top_p is 1 in sampling (released: 0.9, ignored by its update).
 - The thinking reward model reads the response as a turn of its own, after picture and question, and is asked in our
   words; the released one reads one decoded text. It may check the claims in writing before it scores (`--rm_mode
@@ -346,7 +348,7 @@ def memory(config, policy_config, judge_config=None):
              ("gradients, fp32", trained * 4, share), ("AdamW's moments, fp32", trained * 8, home),
              ("reference", n * size * (config.kl_coef > 0), share),
              ("reward model", count(judge_config) * size if judge_config else 0, device),
-             (f"keys and values of a rollout, at most {tokens:,} tokens",
+             (f"keys and values of a rollout, {tokens:,} tokens of pictures and responses",
               tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size, device)]
     return [part for part in parts if part[1]]
 
@@ -354,7 +356,7 @@ def memory(config, policy_config, judge_config=None):
 def print_memory(config):
     """memory() of this run, as a table."""
     model, judge = reward_model.load_config(config.model), None
-    if config.reward_model != "none" and not config.eval_only:
+    if config.reward_model != "none":
         judge = model if config.reward_model in TRAINED_HERE else reward_model.load_config(config.reward_model)
     for part, size, where in memory(config, model, judge):
         amount = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
@@ -565,8 +567,9 @@ class Config:
     toy_pixels: int = setting(448, "width and height of the toy's pictures", toy=56, least=28)
     image_root: str = setting(None, "folder that the rows' picture paths start from; default: the file's folder")
     reward_model: str = setting("bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (trained on the spot, needs the "
-                                "toy data), none (plain GRPO), base (an untrained judge, Table 3), misled (the toy's "
-                                "that praises haste), a Hugging Face id or a folder", "paper, section 3.2", toy="toy")
+                                "toy data), none (plain GRPO), base (an untrained judge, Table 3; the toy's has "
+                                "learned shuffled scores), misled (the toy's that praises haste), a Hugging Face id "
+                                "or a folder", "paper, section 3.2", toy="toy")
     rm_mode: str = setting(None, "how it scores: generate (it writes a number, as in the paper), expected (mean over "
                            "the numbers it might write: one more pass, never without a score) or reason (it checks "
                            "the claims in writing first: many more tokens); default: as it was trained, else generate",
@@ -612,7 +615,7 @@ class Config:
     study: bool = setting(False, "run the arms of Table 3 on the toy world and compare them: an hour on two cores")
     study_seeds: int = setting(5, "seeds of the study; 1 takes a quarter of an hour", least=1)
     study_more: bool = setting(False, "with --study: also a judge that praises haste, with and without trust, and the "
-                               "thinking term added behind Eq. 6; twice the time")
+                               "thinking term added behind Eq. 6: 14 runs a seed instead of 5")
 
 
 def command_line():
@@ -660,11 +663,12 @@ def configure(argv):
             parser.error(f"--resume {given['resume']}: it ended before its first checkpoint; start it again")
         before = json.loads(stored.read_text())
         changed = {name for name in set(given) - {"resume", "change_settings"} if before[name] != given[name]}
+        if changed - FREE and "change_settings" not in given:
+            others = ", ".join(f"--{name} was {before[name]}, is {given[name]}" for name in sorted(changed - FREE))
+            parser.error(f"{others}: it would be another run from here on; leave it as it was, or add "
+                         "--change_settings")
         for name in sorted(changed):
             print(f"--{name} was {before[name]}, goes on as {given[name]}")
-        if changed - FREE and "change_settings" not in given:
-            parser.error(f"--{', --'.join(sorted(changed - FREE))}: it would be another run from here on; leave it as "
-                         "it was, or add --change_settings")
         config = Config(**{**before, **given, "out": given["resume"]})
     else:
         config = Config(**{**(TOY if given.get("model", "toy") == "toy" else {}), **given})
@@ -822,7 +826,7 @@ def train(config):
     examples, held_out, data_line = load_data(config)
     print(f"policy        {model_name}\nreward model  {config.reward_model}\ndata          {data_line}\n"
           f"computing     {device}, {str(dtype)[6:]}, {attention} attention{f', {WORLD} processes' * (WORLD > 1)}")
-    if config.model != "toy":
+    if config.model != "toy" and not config.eval_only:
         print_memory(config)
     out.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
@@ -888,7 +892,7 @@ def train(config):
         if step % config.save_every == 0 or step == config.steps or stop:
             save_checkpoint(config, step, policy, optimizer, examples)
         if stop:
-            raise SystemExit(f"stopped after step {step}; go on with: python sophia_min.py --resume {out}")
+            raise SystemExit(f"stopped after step {step}; go on with --resume {out}")
     after = evaluate(policy, processor, held_out, config, "greedy answers after GRPO")
     data.write_json(out / "eval.json", {"before": before, "after": after})
     if config.save_rollouts and not same:
@@ -995,7 +999,8 @@ def study(config):
 
 
 def main(argv=None):
-    """The command line. Exit status 2 for data or settings that can't be used, 130 after a Ctrl-C."""
+    """The command line. Exit status 2 for rows or a command line that can't be used, 130 after a Ctrl-C that stops at
+    once, 1 for any other end before the last step."""
     config, on_interrupt = configure(argv), signal.getsignal(signal.SIGINT)
     try:
         join_ranks(config)

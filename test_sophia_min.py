@@ -49,7 +49,7 @@ torch.set_num_threads(1)  # on a busy machine two are slower than one
 # ---------------------------------------------------------------- section 3.1: rows and pictures
 
 SAMPLE = Path(__file__).parent / "../shared/sample"
-needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason="no ../shared/sample")
+needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason="a clone stands alone: tests make rows of their own")
 
 
 def paper_row(**changes):
@@ -2847,8 +2847,17 @@ def test_collect_keeps_each_pair_once(toy_rollouts, capsys):
     assert data.read_lines(folder / "h.jsonl") == held_out
     reward_model.main(["collect", str(folder / "a"), str(folder / "b"), "--out", str(folder / "p.jsonl")])
     assert not any("held_out" in row for row in data.read_lines(folder / "p.jsonl"))
-    with pytest.raises(SystemExit, match="no rows"):
+    with pytest.raises(SystemExit, match="rollouts.jsonl: no such file"):
         reward_model.main(["collect", str(folder), "--out", str(folder / "x")])
+    with pytest.raises(SystemExit, match=r"c: no such responses there; was the run made with --save_rollouts\?"):
+        (folder / "c").mkdir()
+        row = data.read_lines(folder / "a" / "rollouts.jsonl")[0]
+        reward_model.write_rows(folder / "c" / "rollouts.jsonl", [{**row, "held_out": True}])
+        reward_model.main(["collect", str(folder / "c"), "--out", str(folder / "x")])
+    (folder / "empty.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="empty.jsonl: no rows there"):
+        reward_model.main(["balance", str(folder / "empty.jsonl"), "--out", str(folder / "x")])
+    assert not (folder / "x").exists()
     reward_model.write_rows(folder / "a" / "rollouts.jsonl", [{"id": "7", "image": None}])
     with pytest.raises(SystemExit, match=r"row 1 \(7\): [a-z_]+: is missing"):
         reward_model.main(["collect", str(folder / "a"), "--out", str(folder / "x")])
@@ -3376,7 +3385,8 @@ def test_resume_names_changed_settings_and_stops_at_those_that_matter(folders, r
             sophia_min.main(["--resume", str(tmp_path / "out"), *change])
         shown = capsys.readouterr()
         assert stop.value.code == 2 and "--change_settings" in shown.err.splitlines()[-1]
-        assert f"{change[0]} was " in shown.out and f"goes on as {change[1]}" in shown.out
+        assert f"{change[0]} was " in shown.err and f", is {change[1]}: it would be" in shown.err
+        assert "goes on" not in shown.out
     sophia_min.main(["--resume", str(tmp_path / "out"), "--steps", "3", "--micro_batch", "2", "--change_settings"])
     assert "--micro_batch was 6, goes on as 2" in capsys.readouterr().out
     assert [line["step"] for line in data.read_lines(tmp_path / "out" / "log.jsonl")] == [1, 2, 3]
