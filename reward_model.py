@@ -271,9 +271,8 @@ class Optimizer:
 
 def sft(model, items, encode, steps, per_step, lr, desc, seed=0, at_once=0):
     """Supervised fine-tuning: cross-entropy on the target tokens only. encode(item) gives (Prompt, tails, targets), all
-    rows of one prompt, which is computed once; `at_once` items a backward pass (0: one on CUDA, where memory is short,
-    else all). Linear warm-up and decay. Changes `model` in place."""
-    at_once = at_once or (1 if model.device.type == "cuda" else per_step)
+    rows of one prompt, which is computed once; `at_once` items a backward pass (0: all). Linear warm-up and decay.
+    Changes `model` in place."""
     optimizer = Optimizer(model, lr, betas=(0.9, 0.95), park=model.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
     rng, queue = random.Random(seed), []
@@ -283,8 +282,8 @@ def sft(model, items, encode, steps, per_step, lr, desc, seed=0, at_once=0):
             queue = rng.sample(items, len(items))
         batch = [encode(queue.pop()) for _ in range(min(per_step, len(items)))]
         n_tokens, total = sum(len(target) for _, _, targets in batch for target in targets), 0.0
-        for first in range(0, len(batch), at_once):
-            part = batch[first:first + at_once]
+        for first in range(0, len(batch), at_once or per_step):
+            part = batch[first:first + (at_once or per_step)]
             owner = torch.tensor([b for b, (_, tails, _) in enumerate(part) for _ in tails])
             tails, targets = ([row for entry in part for row in entry[which]] for which in (1, 2))
             shared = SharedPrompt(model, [prompt for prompt, _, _ in part])
@@ -591,8 +590,10 @@ def train_command(args):
         rows = shuffled(rows, args.seed)
     torch.manual_seed(args.seed)
     steps = max(1, math.ceil(args.epochs * len(by_question(rows)) / args.per_step))
-    judge = train(*load(args.model, args.device, max_pixels=args.max_pixels), rows, steps, args.per_step, args.lr,
-                  args.rm_mode, args.seed, f"SFT on {len(rows)} responses", args.at_once)
+    model, processor = load(args.model, args.device, max_pixels=args.max_pixels)
+    at_once = args.at_once or (1 if model.device.type == "cuda" else args.per_step)  # a card has less memory
+    judge = train(model, processor, rows, steps, args.per_step, args.lr, args.rm_mode, args.seed,
+                  f"SFT on {len(rows)} responses", at_once)
     data.save_folder(args.out, judge.model, judge.processor)
     print(f"{args.out}: for sophia_min.py --reward_model")
     if not args.all_rows:

@@ -16,12 +16,12 @@ Departures from the paper:
 - Eq. 1-2 with nobody right or nobody wrong: gamma = 1. A judge without a usable score: the group's thinking term is
   dropped, and counted. Eq. 6: unbiased std + 1e-6 as released, and exact zeros where all rewards are equal.
 - Eq. 7 names one ratio a response; like the released code we take one a token, and a response's mean over its tokens.
-- The judge reads the whole response, answer included. Ids that stand for pictures are ruled out, in sampling and in
-  log-probabilities. The toy's `--reward_model base` has learned shuffled scores; Table 3's untrained judge, nothing.
 - No entropy bonus (the released code has one of 1e-3). top_p is 1 in sampling (released: 0.9, ignored by its update).
-- The thinking reward model reads the response as a turn of its own, after picture and question, and is asked in our
-  words; the released one reads one decoded text. It may check the claims in writing before it scores (`--rm_mode
-  reason`, the toy's default); theirs can't. `--trust released` repeats their gating of R^t: `released_gate`.
+  Ids that stand for pictures are ruled out, in sampling and in log-probabilities.
+- The thinking reward model reads the whole response, answer included, as a turn of its own after picture and question,
+  and is asked in our words; the released one reads one decoded text. It may check the claims in writing before it
+  scores (`--rm_mode reason`, the toy's default); theirs can't. The toy's `base` has learned shuffled scores; the
+  untrained judge of Table 3, nothing. `--trust released` repeats their gating of R^t: `released_gate`.
 - `--normalize outcome` and `--reward_model misled` are ours, for the study; the paper has neither.
 - Responses of a group share one computation of their prompt (`reward_model.SharedPrompt`): faster, the same numbers.
 """
