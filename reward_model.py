@@ -5,6 +5,7 @@ import argparse
 import copy
 import difflib
 import importlib.util
+import inspect
 import json
 import math
 import random
@@ -26,6 +27,10 @@ import data
 from data import progress
 
 # ---------------------------------------------------------------- one prompt, many continuations
+
+# what transformers calls the keys and values: `cache` from 5.24 on, where the older name draws a notice
+CACHE = "cache" if "cache" in inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters else (
+    "past_key_values")
 
 
 def pad(rows, side, value=0):
@@ -58,9 +63,9 @@ class SharedPrompt:
         self.next_position = self.mask.sum(-1) + delta.squeeze(-1)  # [B]
         output = model(input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, pixel_values=pixels,
                        image_grid_thw=grid, use_cache=True, logits_to_keep=1)
-        if output.past_key_values is None:
+        if getattr(output, CACHE) is None:
             raise RuntimeError("the model dropped its cache: switch gradient checkpointing off, it works against it")
-        self.keys_values = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        self.keys_values = [(layer.keys, layer.values) for layer in getattr(output, CACHE).layers]
         self.end = [output.logits] if is_sharded(model) else []  # each of keys and values: [B, heads, P, dim]
 
     def cut(self):
@@ -84,13 +89,13 @@ class SharedPrompt:
             cache.update(keys[owner], values[owner], layer)
         positions = self.next_position[owner, None] + (mask.cumsum(-1) - 1).clamp(min=0)  # [N, T], all text
         return dict(input_ids=ids, attention_mask=torch.cat([self.mask[owner], mask], 1),
-                    position_ids=positions.expand(3, -1, -1), past_key_values=cache, use_cache=True)
+                    position_ids=positions.expand(3, -1, -1), use_cache=True, **{CACHE: cache})
 
     def extended(self, model, owner, tails):
         """The same for longer prompts: row n is prompt owner[n] and tails[n], computed once for all that follows."""
         longer, (ids, mask) = copy.copy(self), pad(tails, "left")
         inputs = self.continued(owner, ids, mask)
-        cache = model(**inputs, logits_to_keep=1).past_key_values
+        cache = getattr(model(**inputs, logits_to_keep=1), CACHE)
         longer.mask = inputs["attention_mask"]
         longer.keys_values = [(layer.keys, layer.values) for layer in cache.layers]
         longer.next_position = self.next_position[owner] + mask.sum(-1).to(self.ids)

@@ -2335,7 +2335,7 @@ class Passes:
 
     def _layer(self, module, args, kwargs):
         hidden = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(reward_model.CACHE)
         empty = cache is None or not cache.get_seq_length()
         self.prompts += len(hidden) * empty
         self.continued += len(hidden) * (not empty)
@@ -2578,11 +2578,6 @@ def fault_min_new_tokens_missing_in_update(model, monkeypatch):
     update_with(monkeypatch, no_end=0)
 
 
-def fault_gradient_checkpointing_in_train_mode(model, monkeypatch):
-    model.gradient_checkpointing_enable()
-    model.train()  # as after a trainer's step
-
-
 def fault_dropped_cache(model, monkeypatch):
     """The update's rows go through without their prompt."""
     plain = reward_model.SharedPrompt.continued
@@ -2590,14 +2585,14 @@ def fault_dropped_cache(model, monkeypatch):
     def continued(self, owner, ids, mask):
         inputs = plain(self, owner, ids, mask)
         if ids.shape[1] > 1:  # a single token: rollout
-            inputs |= dict(past_key_values=None, attention_mask=mask)
+            inputs |= {reward_model.CACHE: None, "attention_mask": mask}
         return inputs
 
     monkeypatch.setattr(reward_model.SharedPrompt, "continued", continued)
 
 
 def fault_dropped_cache_in_generate(model, monkeypatch):
-    generate_with(model, monkeypatch, ["past_key_values"])
+    generate_with(model, monkeypatch, [reward_model.CACHE])
 
 
 def see_padding(monkeypatch, in_update):
@@ -2639,6 +2634,16 @@ def test_self_test_stops_at(road, road_examples, monkeypatch, fault):
     with pytest.raises((SystemExit, RuntimeError)) as stop:
         sophia_min.self_test(model, road[1], road_examples["mixed"], config)
     assert "self-test failed" in str(stop.value) or "dropped its cache" in str(stop.value)
+
+
+def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_reference, road_batches):
+    """In train mode, as after a trainer's step, and with gradients: there every transformers drops it, with a warning."""
+    model = copy.deepcopy(road[0])
+    model.gradient_checkpointing_enable()
+    model.train()
+    with pytest.raises(RuntimeError, match="dropped its cache: switch gradient checkpointing off"):
+        sophia_min.update(model, road_reference, None, road_batches["text"], advantages_of(road_batches["text"]),
+                          road_config())
 
 
 def test_self_test_stops_a_bf16_model_too(road, road_examples, monkeypatch):
