@@ -1,53 +1,112 @@
 """What goes into sophia_min and what comes out."""
 import base64
+import difflib
+import fcntl
 import functools
 import glob
 import hashlib
-import html
 import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
+import signal
 import string
 import struct
+import sys
 import tempfile
+import threading
 import unicodedata
+import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from html import escape
 from itertools import groupby
 from pathlib import Path
 from reprlib import repr as show  # any value on one short line, nesting cut: a row may hold anything
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image, ImageDraw, ImageFont
-from torch.distributed.tensor import DTensor
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+from transformers import (AutoTokenizer, GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
                           Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
 
 # One process, or several under torchrun: each computes its share, and rank 0 alone writes and shows.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 progress = functools.partial(tqdm, disable=RANK > 0)
 
-# The paper's five criteria of good thinking (Table 4), in our words: the judge is asked for them, the toy's oracle
-# computes them.
-CRITERIA = {
-    "logical soundness": "each step follows from the steps before",
-    "correct reasoning": "facts and methods are right, as the picture shows them",
-    "error identification": "no flaw, no guess, no unsupported assumption",
-    "language consistency": "one language throughout",
-    "redundancy": "concise, nothing said twice",
-}
+# the paper's Table 4, as sophia_min.CRITERIA asks for them
+FAULTS = ("logical soundness", "correct reasoning", "error identification", "language consistency", "redundancy")
+
+
+# ---------------------------------------------------------------- the command line
+
+class Parser(HfArgumentParser):
+    """Flags from a dataclass; an error is one line that says what was meant."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; --help lists all\n")
+
+    def parse(self, argv, **defaults):
+        """What the command line says, over other defaults than the dataclass's own: a dataclass, or else a namespace."""
+        self.set_defaults(**defaults)
+        settings, unknown = self.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+        if unknown:
+            commands = [command for action in self._actions if type(action.choices) is dict
+                        for command in action.choices.values()]
+            known = [option for parser in (self, *commands) for option in parser._option_string_actions]
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            self.error(f"{unknown[0]}: there is no such option" + (f"; do you mean {near[0]}?" if near else ""))
+        return settings
+
+
+def stored_settings(folder, known, parser):
+    """The settings of the run in `folder`, for --resume; ends in one line where there is none to continue."""
+    for name in ("config.json", "eval.json", "checkpoint/state.pt"):
+        if not Path(folder, name).exists():
+            parser.error(f"--resume {folder}: no {name} there, so no run to continue; start one in another --out")
+    try:
+        settings = json.loads(Path(folder, "config.json").read_text())
+        other = set(settings) ^ set(known)
+    except (OSError, ValueError, TypeError) as error:
+        parser.error(f"--resume {folder}: config.json can't be read: {error}")
+    if other:
+        parser.error(f"--resume {folder}: config.json is another version's: {', '.join(other)}")
+    return settings | {"resume": str(folder), "out": str(folder)}
+
+
+class StopAfterStep:
+    """Ctrl-C asks for an end after the current step; a second one ends at once. For `with`, which puts back what was."""
+    asked = False
+
+    def __enter__(self):
+        self.before, self.main = signal.getsignal(signal.SIGINT), threading.current_thread() is threading.main_thread()
+        if self.main:
+            signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_):
+        if self.main:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- rows and pictures
@@ -93,22 +152,19 @@ def _pillow(path):
         raise DataError(f"path: {str(path)!r} can't be read as a picture: {error!r}") from error
 
 
-def open_picture(path: str | os.PathLike) -> Image.Image:
-    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame.
-
-    16-bit grey keeps its range: 65535 is white (255 is, if no value is above it).
-    Raises DataError, naming the file, if it can't be decoded."""
+def open_picture(path):
+    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame. 16-bit grey
+    keeps its range: 65535 is white (255 is, if no value is above it). DataError names a file that can't be decoded."""
     with _pillow(path) as picture:
         picture.load()
         try:
             turn = TURN.get(picture.getexif().get(0x112))  # ImageOps.exif_transpose dies of other, odd tags
         except SyntaxError:
             turn = None  # unreadable EXIF: viewers show the picture as stored, and so do we
-        if picture.mode == "F" or picture.mode.startswith("I"):  # 16 or 32 bits: convert("RGB") would clip at 255
+        if picture.mode[0] in "FI":  # 16 or 32 bits: convert("RGB") would clip at 255
             values = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0)
             low, high = values.min(), values.max()  # in 32 bits nothing says what white is: show the picture's range
-            if picture.mode != "F" and 0 <= low and high <= 65535:
-                # 16-bit grey, which Pillow hands out as "I;16" or (PGM) as "I"; or 8-bit grey, stored wide
+            if picture.mode != "F" and 0 <= low and high <= 65535:  # 16-bit grey, in PGM too; or 8-bit stored wide
                 low, high = 0, 65535 if high > 255 else 255
             grey = ((values - low) / (high - low or 1) * 255).round().astype(np.uint8)
             grey[values == picture.info.get("transparency")] = 255
@@ -118,12 +174,11 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
             rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         else:
             rgb = picture.convert("RGB")
-        return rgb.transpose(turn) if turn is not None else rgb
+        return rgb if turn is None else rgb.transpose(turn)
 
 
-def check_picture(root: str, name: str, max_aspect: float, max_image_pixels: int, min_side: int) -> str:
+def check_picture(root, name, max_aspect, max_image_pixels, min_side):
     """The real path of picture `name` (a row's path) in the folder `root`; DataError if training couldn't use it.
-
     Reads the header and the last bytes (0.1 ms): damage in the middle of a file shows only in `open_picture`."""
     file = os.path.realpath(os.path.join(root, name))  # realpath: a link could lead anywhere
     if os.path.isabs(name) or ".." in name.split("/") or not file.startswith(os.path.join(root, "")):
@@ -134,12 +189,13 @@ def check_picture(root: str, name: str, max_aspect: float, max_image_pixels: int
         (width, height), kind = picture.size, picture.format
         stream.seek(-8, os.SEEK_END)  # the smallest file that Pillow opens, a PPM, has 8 bytes
         end = stream.read()
+    it_has = f"path: {name!r} has {width} x {height} pixels,"
     if min(width, height) < min_side:
-        raise DataError(f"path: {name!r} has {width} x {height} pixels, less than {min_side} on a side")
+        raise DataError(f"{it_has} less than {min_side} on a side")
     if width * height > max_image_pixels:  # before anything decodes it: 18 KB can hold 144 megapixels
-        raise DataError(f"path: {name!r} has {width} x {height} pixels, more than {max_image_pixels:,} in all")
+        raise DataError(f"{it_has} more than {max_image_pixels:,} in all")
     if max(width, height) > max_aspect * min(width, height):
-        raise DataError(f"path: {name!r} has {width} x {height} pixels, an aspect ratio above {max_aspect}")
+        raise DataError(f"{it_has} an aspect ratio above {max_aspect}")
     # A truncated file has a fine header. One that ends as it should is whole; any other is decoded to be sure, as
     # some cameras append data of their own.
     if not end.endswith(PICTURE_END.get(kind, ())):
@@ -147,12 +203,9 @@ def check_picture(root: str, name: str, max_aspect: float, max_image_pixels: int
     return file
 
 
-def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None = None, *, skip_bad: bool = False,
-                  skipped_path: str | os.PathLike | None = None, max_aspect: float = 200,  # the image processor's
-                  max_image_pixels: int = 100_000_000, min_side: int = 1,  # ours
-                  bar: bool = True) -> Sequence[Example]:
-    """Read rows in the paper's format (section 3.1) from .json, a list, or .jsonl, one a line, and check them all.
-
+def load_examples(path, image_root=None, *, skip_bad=False, skipped_path=None, max_aspect=200,  # the image processor's
+                  max_image_pixels=100_000_000, min_side=1, bar=True):  # ours
+    """The rows of a file in the paper's format (section 3.1), .json or .jsonl, as a list of checked Examples.
     image_root: the folder that the rows' paths start from (default: the file's). The pixels stay in their files.
     skip_bad: leave bad rows out, say how many, and list them with the reason in skipped_path (default: skipped.jsonl
     beside the file). Rows count from 1; in a .jsonl file a row's number is its line.
@@ -162,13 +215,11 @@ def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None 
     if not os.path.isdir(root):
         raise DataError(f"image_root: {root!r} is not a folder")
     rows, examples, bad, ids = _read_rows(path), [], [], {}
-
     # cached: many questions share a picture
     find_picture = functools.cache(lambda name: check_picture(root, name, max_aspect, max_image_pixels, min_side))
     for number, row in tqdm(rows, desc="checking rows", delay=1, leave=False, disable=not bar or RANK > 0):
         try:
-            if path.suffix.lower() == ".jsonl":
-                row = _parse(row)
+            row = _parse(row) if path.suffix.lower() == ".jsonl" else row
             examples.append(_check_row(row, number, ids, find_picture))
         except DataError as error:
             name = show(row["problem_id"]) if isinstance(row, dict) and "problem_id" in row else "no id"
@@ -180,7 +231,7 @@ def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None 
     if bad and not skip_bad:
         raise DataError("\n".join([*report, "Correct them, or leave them out with --skip_bad."]))
     if bad:
-        skipped = path.with_name("skipped.jsonl") if skipped_path is None else Path(skipped_path)
+        skipped = Path(skipped_path or path.with_name("skipped.jsonl"))
         try:
             write_atomic(skipped, "".join(json.dumps(entry) + "\n" for entry in bad))
         except (OSError, RecursionError) as error:  # a row nested as deep as can just be read can't be written
@@ -191,18 +242,17 @@ def load_examples(path: str | os.PathLike, image_root: str | os.PathLike | None 
     return examples
 
 
-def _read_rows(path: Path) -> list[tuple[int, object]]:
+def _read_rows(path):
     """Numbered rows: parsed for .json, still text for .jsonl, where a broken line is one bad row."""
-    if path.is_dir() or path.suffix.lower() not in (".json", ".jsonl"):
+    kind = path.suffix.lower()
+    if path.is_dir() or kind not in (".json", ".jsonl"):
         raise DataError(f"{path}: must be one .json or .jsonl file; save parquet's pictures as files, and its rows "
                         "with pandas: read_parquet(...).to_json('rows.jsonl', orient='records', lines=True)")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
-    except OSError as error:
-        raise DataError(f"{path}: can't be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read as UTF-8 text: {error}") from error
-    if path.suffix.lower() == ".jsonl":  # not splitlines(), which also cuts at U+2028 inside a string
+    if kind == ".jsonl":  # not splitlines(), which also cuts at U+2028 inside a string
         rows = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     else:
         try:
@@ -217,14 +267,14 @@ def _read_rows(path: Path) -> list[tuple[int, object]]:
     return rows
 
 
-def _parse(text: str) -> object:
+def _parse(text):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # not only JSONDecodeError: a number of 5,000 digits, [[[[...
         raise DataError(f"broken JSON: {error}") from error
 
 
-def _text(row: dict, name: str) -> str:
+def _text(row, name):
     if name not in row:
         raise DataError(f"{name}: is missing")
     if not isinstance(row[name], str) or not row[name].strip():
@@ -234,7 +284,7 @@ def _text(row: dict, name: str) -> str:
     return row[name]
 
 
-def _check_row(row: object, number: int, ids: dict[str, int], find_picture: Callable[[str], str]) -> Example:
+def _check_row(row, number, ids, find_picture):
     """One row as an Example; DataError, "field: what is wrong", at its first fault. Adds the row's id to `ids`."""
     if not isinstance(row, dict):
         raise DataError(f"row: must be an object with the paper's fields, is {show(row)}")
@@ -249,26 +299,27 @@ def _check_row(row: object, number: int, ids: dict[str, int], find_picture: Call
     problem, solution = _text(row, "problem"), _text(row, "solution")
     if tagged := re.search("(?is)<answer>(.*)</answer>", solution):
         solution = tagged[1]
-    if not solution.strip() or re.search("(?i)</?answer>", solution):
+    solution = solution.strip()
+    if not solution or re.search("(?i)</?answer>", solution):
         raise DataError(f"solution: must hold one answer, is {show(row['solution'])}")
     options = [] if row.get("options") is None else row["options"]  # exports write null for an empty list
     if not isinstance(options, list):
         raise DataError(f"options: must be a list, is {show(options)}")
-    options = [_text({"options": option}, "options").strip() for option in options]
+    options = tuple(_text({"options": option}, "options").strip() for option in options)
     if row["problem_type"] == "multiple choice":
-        _check_choice(solution.strip(), options)
+        _check_choice(solution, options)
 
     if row["data_type"] == "text" and row.get("path"):
         raise DataError(f"path: is {show(row['path'])}, but data_type is text")
     image = find_picture(_text(row, "path")) if row["data_type"] == "image" else None
     source = _text(row, "data_source") if row.get("data_source") else ""
-    return Example(id, problem, row["problem_type"], tuple(options), solution.strip(), image, source)
+    return Example(id, problem, row["problem_type"], options, solution, image, source)
 
 
-def _check_choice(truth: str, options: list[str]) -> None:
+def _check_choice(truth, options):
     """DataError if the options are no choice, or the truth is surely not among them; in doubt it passes."""
     if len(set(options)) < max(2, len(options)):
-        raise DataError(f"options: must be two or more, all different, are {show(options)}")
+        raise DataError(f"options: must be two or more, all different, are {show(list(options))}")
     letters = {label[1].upper() for label in map(LABEL.match, options) if label}
     letters |= set(string.ascii_uppercase[:len(options)])
     known, text = {option.casefold() for o in options for option in (o, LABEL.sub("", o, count=1))}, truth.casefold()
@@ -280,7 +331,7 @@ def _check_choice(truth: str, options: list[str]) -> None:
             raise DataError(f"solution: {', '.join(sorted(beyond))} is beyond the options {''.join(sorted(letters))}")
     elif not (any(option in text or text in option for option in known) or any(map(str.isdigit, text))  # 1/2 for 0.5
               or set(truth) <= letters or letters & set(re.findall(r"\b[A-Z]\b", truth))):  # "AC", "\text{B}"
-        raise DataError(f"solution: {show(truth)} is none of the options {show(options)}")
+        raise DataError(f"solution: {show(truth)} is none of the options {show(list(options))}")
 
 
 # ---------------------------------------------------------------- prompts
@@ -294,19 +345,31 @@ ANSWER_FORM = {
     "free-form": "Answer in a few words.",
     "text": "Answer in a few words.",
 }
+PICTURE = object()  # a message's part that is the picture
+STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"  # for text, while a chat template is rendered
+MODEL_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError,
+                TemplateError)  # what loading raises for files that are odd or damaged
 
 
-STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"  # for text that isn't ours, while a chat template is rendered
+def question_text(example):
+    """What the user's turn says: the problem, its options, and the form of the answer."""
+    return "\n".join([example.problem, *example.options, ANSWER_FORM[example.problem_type]])
 
 
 @dataclass
 class Prompt:
-    """What the model reads before it writes. `ids` can be shared by a group; `tail` follows them (or follows what is
-    put between, such as the response that a judge reads). pixel_values [patches, 1176], grid [1, 3] in patches."""
+    """What a model reads before it writes: token ids, pixel_values [patches, 1176], grid [1, 3] in patches."""
     ids: list
-    tail: list
     pixel_values: torch.Tensor | None = None
     grid: torch.Tensor | None = None
+
+
+def blank_picture(config):
+    """The Prompt of a picture of one token, for nobody to continue."""
+    vision = config.vision_config
+    side, values = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
+    return Prompt([config.vision_start_token_id, config.image_token_id, config.vision_end_token_id],
+                  torch.zeros(side * side, values), torch.tensor([[1, side, side]]))
 
 
 class Processor:
@@ -318,13 +381,24 @@ class Processor:
         if max_pixels:
             image_processor.size = {"shortest_edge": min(56 * 56, max_pixels), "longest_edge": max_pixels}
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = re.compile(f"({'|'.join(map(re.escape, special))})")
         self.picture = functools.lru_cache(maxsize=64)(self.picture)  # the judge sees the pictures of the policy
-        self._layout = functools.cache(self._layout)
+        self._rendered = functools.lru_cache(maxsize=64)(self._rendered)
+        pieces = self._rendered((("system", (STAND_IN,)), ("user", (PICTURE, STAND_IN)), ("assistant", (STAND_IN,))))
+        turns = [i for i, piece in enumerate(pieces) if STAND_IN in piece]
+        if "<|image_pad|>" not in pieces or len(turns) != 3 or not self.special.fullmatch(pieces[turns[2] + 1]):
+            raise ValueError("its chat template doesn't show a system message, a picture and the end of a turn.")
+        self.turn_end = tokenizer.convert_tokens_to_ids(pieces[turns[2] + 1])
+        self.opening = "<think>" * pieces[-1].rstrip().endswith("<think>")  # a tag that the template has written
 
     @classmethod
     def from_pretrained(cls, name, max_pixels=None):
-        """The processor of a Hugging Face id or folder. Raises OSError where there is none."""
-        return cls(AutoTokenizer.from_pretrained(name), Qwen2VLImageProcessorPil.from_pretrained(name), max_pixels)
+        """The processor of a Hugging Face id or folder. Raises one of MODEL_ERRORS where there is none that will do."""
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if template := cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False):
+            tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]  # it wins, as elsewhere
+        return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(name), max_pixels)
 
     def save_pretrained(self, folder):
         """Write both parts in Hugging Face format."""
@@ -337,93 +411,107 @@ class Processor:
         return features["pixel_values"], features["image_grid_thw"]
 
     def encode(self, text):
-        """Token ids of text that isn't ours: what looks like a special token in it stays text."""
+        """Token ids of text: what looks like a special token in it stays text."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def decode(self, ids):
-        """The text of token ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, ids, ends):
+        """The text of token ids, without those that end a response (or fill it up behind its end)."""
+        return self.tokenizer.decode([id for id in ids.tolist() if id not in ends])
 
-    def chat(self, text, image=None, system=None, then=None):
-        """The Prompt of one user turn, the picture first, then the text; its `tail` opens the assistant's turn. With
-        `then`, `ids` end inside the assistant's turn, and `tail` closes it, asks `then` and opens the next."""
-        before, *after = self._layout(image is not None, system, then)
-        return self._seen(before + self.encode(text) + (after.pop(0) if then else []), after[0], image)
-
-    def filled(self, template, image, question, response):
-        """The Prompt of one user turn made from a template with {question}, {response} and {image}. `tail` is all from
-        the response on, which lets a group share `ids`, or from behind the picture on if that comes later."""
-        texts, begin = {"{question}": question, "{response}": response}, 0
-        content = [{"type": "image"} if piece == "{image}" else {"type": "text", "text": STAND_IN if piece in texts else
-                    piece} for piece in re.split(r"(\{(?:question|response|image)\})", template)
-                   if piece and (piece != "{image}" or image is not None)]
-        first, *after = self._rendered([{"role": "user", "content": content}])
-        ids = list(first)
-        for name, part in zip(re.findall(r"\{(?:question|response)\}", template), after):
-            begin = len(ids) if name == "{response}" else begin
-            ids += self.encode(texts[name]) + part
-        if image is not None:
-            begin = max(begin, ids.index(self.image_token) + 1)
-        return self._seen(ids[:begin], ids[begin:], image)
-
-    def _seen(self, ids, tail, image):
+    def chat(self, messages, image=None):
+        """The Prompt of a conversation in which the assistant is next to speak; messages: (role, part, ..), a part being
+        text or PICTURE, which is left out where `image` is None. The template sees stand-ins: no text can end a turn.
+        Text between special tokens is encoded in one piece, as the official processor does."""
+        shown = tuple((role, tuple(part if part is PICTURE else STAND_IN for part in parts
+                                   if part is not PICTURE or image is not None)) for role, *parts in messages)
+        texts, ids = iter([part for _, *parts in messages for part in parts if part is not PICTURE]), []
+        for piece in self._rendered(shown):
+            if self.special.fullmatch(piece):
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            else:
+                ids += self.encode(re.sub(STAND_IN, lambda _: next(texts), piece))
         if image is None:
-            return Prompt(ids, tail)
+            return Prompt(ids)
         pixel_values, grid = self.picture(image)
         at, tokens = ids.index(self.image_token), int(grid.prod()) // self.image_processor.merge_size ** 2
-        return Prompt(ids[:at] + [self.image_token] * tokens + ids[at + 1:], tail, pixel_values, grid)
+        return Prompt(ids[:at] + [self.image_token] * tokens + ids[at + 1:], pixel_values, grid)
+
+    def _rendered(self, shown):
+        content = [{"role": role, "content": STAND_IN if parts == (STAND_IN,) else [
+            {"type": "image"} if part is PICTURE else {"type": "text", "text": part} for part in parts]}
+            for role, parts in shown]
+        text = self.tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
+        return [piece for piece in self.special.split(text) if piece]
+
+    def question(self, example):
+        """The policy's Prompt for an Example."""
+        return self.chat([("system", SYSTEM_PROMPT), ("user", PICTURE, question_text(example))], example.image)
 
     def length(self, example):
         """Tokens of the policy's prompt, from the picture's header alone."""
-        text = self.chat(question_text(example), None, SYSTEM_PROMPT)
+        tokens = len(self.question(replace(example, image=None)).ids)
         if example.image is None:
-            return len(text.ids) + len(text.tail)
+            return tokens
         with _pillow(example.image) as picture:
             patches = self.image_processor.get_number_of_image_patches(picture.height, picture.width, {})
-        return len(text.ids) + len(text.tail) + patches // self.image_processor.merge_size ** 2 + 2  # vision start, end
-
-    def question(self, example):
-        """The policy's Prompt for an Example; all but its last token is shared by the group of responses."""
-        prompt = self.chat(question_text(example), example.image, SYSTEM_PROMPT)
-        return replace(prompt, ids=prompt.ids + prompt.tail[:-1], tail=prompt.tail[-1:])
-
-    def _layout(self, with_picture, system, then):
-        """Token ids of the chat template around the user's text (and the response, if a turn follows). It is rendered
-        with stand-ins, so that no text passes through it: "<|im_end|>" in a question must not end the turn."""
-        content = [{"type": "image"}] * with_picture + [{"type": "text", "text": STAND_IN}]
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": content})
-        if then:
-            messages += [{"role": "assistant", "content": STAND_IN}, {"role": "user", "content": then}]
-        return self._rendered(messages)
-
-    def _rendered(self, messages):
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return [self.tokenizer.encode(part, add_special_tokens=False) for part in rendered.split(STAND_IN)]
+        return tokens + patches // self.image_processor.merge_size ** 2 + 2  # vision start and end
 
 
-def check_lengths(examples, processor, longest, skip_bad=False, skipped_path=None):
-    """The Examples whose prompts have at most `longest` tokens. Others raise DataError, or are left out and added to
-    `skipped_path`; nothing is ever cut, since a cut picture would be another one."""
-    lengths = [processor.length(example) for example in progress(examples, desc="measuring prompts", delay=2,
-                                                                 leave=False)]
+def check_lengths(examples, processor, config):
+    """The Examples whose prompts fit into config.max_prompt_tokens. Others raise DataError, or with config.skip_bad are
+    left out and listed; nothing is ever cut, since a cut picture would be another one."""
+    longest, skipped = config.max_prompt_tokens, Path(config.out, "skipped.jsonl")
+    bar = progress(examples, desc="measuring prompts", delay=2, leave=False)
+    lengths = [processor.length(example) for example in bar]
     bad = [f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens, more than {longest:,}"
            for example, n in zip(examples, lengths) if n > longest]
     kept = [example for example, n in zip(examples, lengths) if n <= longest]
-    if bad and (not skip_bad or not kept):
+    if bad and not (config.skip_bad and kept):
         more = [f"... and {len(bad) - 20} more"] * (len(bad) > 20)
         raise DataError("\n".join([*bad[:20], *more, "Shorten them, lower --max_pixels, raise --max_prompt_tokens, or "
                                    "leave them out with --skip_bad."]))
     for reason in bad:
-        append_line(skipped_path, json.dumps({"reason": reason}))
+        append_line(skipped, json.dumps({"reason": reason}))
     if bad:
-        print(f"left out {len(bad)} rows whose prompts are too long, listed in {skipped_path}")
+        print(f"left out {len(bad)} rows whose prompts are too long, listed in {skipped}")
     return kept
 
 
-def question_text(example):
-    """What the user's turn says: the problem, its options, and the form of the answer."""
-    return "\n".join([example.problem, *example.options, ANSWER_FORM[example.problem_type]])
+def load_sets(config):
+    """(training Examples, held-out Examples, one line that says which) of a run."""
+    if config.data in ("toy", "toy-shifted"):
+        size, pictures = config.toy_pixels, Path(config.out, "pictures")
+        try:
+            pictures.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"--out {config.out}: can't be written: {error}") from error
+        if config.data == "toy-shifted":
+            shifted = toy_examples(300, config.seed, True, size, pictures, shifted=True)
+            return shifted, shifted, "300 toy questions of kinds that training never asks"
+        held_out = toy_examples(400, config.seed, True, size, pictures)
+        return toy_examples(2000, config.seed, False, size, pictures), held_out, (
+            f"2000 toy questions, pictures of {size} x {size} pixels; held out: 400 on scenes never trained on")
+    examples = load_examples(config.data, config.image_root, skip_bad=config.skip_bad,
+                             skipped_path=Path(config.out, "skipped.jsonl"))
+    if config.eval_only or len(examples) < 100:
+        return examples, examples, f"{len(examples)} rows of {config.data}; evaluated on the same rows"
+    shuffled = random.Random(config.seed).sample(examples, len(examples))
+    held_out = min(400, len(examples) // 10)
+    return shuffled[held_out:], shuffled[:held_out], f"{len(examples)} rows of {config.data}; held out: {held_out}"
+
+
+def questions_of(step, n, per_step, seed):
+    """Which questions step 1, 2, .. takes: every pass over the data in a new order, so that a step's number is all that
+    a resumed run needs to know."""
+    places = range((step - 1) * per_step, step * per_step)
+    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in places}}
+    return [orders[i // n][i % n] for i in places]
+
+
+def digest(examples):
+    """What tells rows apart from others: a hash of what they ask and of what is right."""
+    rows = [(e.id, e.problem, e.problem_type, e.options, e.solution) for e in examples]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- text measures
@@ -528,9 +616,7 @@ def parse_number(text: str) -> tuple | None:
 
 def same_value(answer: str, truth: str) -> bool:
     """Equal numbers, where a name or unit that only one side states is no difference; or equal text, if neither is one.
-
-    Lists, points, ranges, ratios, times and dates are text: nothing is evaluated.
-    """
+    Lists, points, ranges, ratios, times and dates are text: nothing is evaluated."""
     if max(len(answer), len(truth)) > LONGEST:
         return answer.split() == truth.split()
     a, b = parse_number(answer), parse_number(truth)
@@ -570,29 +656,24 @@ def chosen_options(answer: str, options: list[str]) -> frozenset[str]:
     return frozenset(chosen) if all(chosen) and len(set(chosen)) == len(chosen) else frozenset()
 
 
-def word_places(words: list[str]) -> dict[str, int]:
-    """For each word, a number with a one in bit i if the word stands at place i."""
-    places = {}
-    for i, word in enumerate(words):
-        places[word] = places.get(word, 0) | 1 << i
-    return places
+def numbered(a, b):
+    """Two lists of words as arrays of numbers, equal where the words are; the shorter list first."""
+    numbers = {word: n for n, word in enumerate({*a, *b})}
+    return [np.array([numbers[word] for word in words], np.int32) for words in sorted((a, b), key=len)]
 
 
 def word_error_rate(answer: str, truth: str) -> float:
-    """Word edits that turn the answer into the truth, per word of the truth; exact up to 20 (Myers' bit vectors)."""
+    """Word edits that turn the answer into the truth, per word of the truth; exact up to 20."""
     words, target = answer.split(), truth.split()
     if len(words) > 21 * len(target):  # a loop: the surplus alone is a rate above 20, and exp(-20) is 2e-9
         return (len(words) - len(target)) / len(target)
-    places, full, edits = word_places(target), (1 << len(target)) - 1, len(target)
-    up, down = full, 0  # bit i: in this column of the edit table, row i + 1 is one more, or one less, than row i
-    for word in words:
-        here = places.get(word, 0)
-        diagonal = (((here & up) + up) ^ up) | here | down
-        right_up, right_down = down | ~(diagonal | up) & full, diagonal & up
-        edits += (right_up >> len(target) - 1) - (right_down >> len(target) - 1)
-        right_up, right_down = (right_up << 1 | 1) & full, right_down << 1 & full
-        up, down = right_down | ~(here | down | right_up) & full, right_up & (here | down)
-    return edits / len(target)
+    shorter, longer = numbered(words, target)
+    row = np.zeros(len(longer) + 1, np.int32)  # of the edit table, place j less j: words put in then cost nothing
+    for word in shorter:
+        row[1:] = np.minimum(row[1:] + 1, row[:-1] - (longer == word))  # leave the word out, or replace or keep it
+        row[0] += 1
+        row = np.minimum.accumulate(row)  # or put words in
+    return int(row[-1] + len(longer)) / len(target)
 
 
 def rouge_words(text: str) -> list[str]:
@@ -610,14 +691,12 @@ def rouge_words(text: str) -> list[str]:
 
 
 def longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    """Its length, bit-parallel: each zero bit of `free` is one more matched place of b."""
-    places, full = word_places(b), (1 << len(b)) - 1
-    free = full
-    for word in a:
-        if word in places:
-            here = free & places[word]
-            free = (free + here | free - here) & full
-    return len(b) - free.bit_count()
+    """Its length, by the rows of the usual table."""
+    shorter, longer = numbered(a, b)
+    row = np.zeros(len(longer) + 1, np.int32)
+    for word in shorter:
+        row[1:] = np.maximum.accumulate(np.maximum(row[1:], row[:-1] + (longer == word)))
+    return int(row[-1])
 
 
 def rouge(answer: str, truth: str) -> float:
@@ -643,11 +722,13 @@ SPANISH = {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo"
            "square": "cuadrado", "triangle": "triangulo", "first": "primero", "second": "segundo", "third": "tercero",
            "fourth": "cuarto"}
 ENGLISH = {spanish: english for english, spanish in SPANISH.items()}
+NAMED = {**{cell: i for i, cell in enumerate(CELLS)}, **{colour: (0, colour) for colour in COLOURS},
+         **{form: (1, shape) for shape in SHAPES for form in (shape, shape + "s")}}  # a cell, or (attribute, value)
 COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4} | {str(n): n for n in range(10)}
 GUESSING = re.compile(r"\b(guess\w*|usually|probably|perhaps|maybe|assum\w*|habit|no need to look)\b", re.I)
 SOUND = 0.7  # thinking that scores less has a flaw of fact, of logic or of support, not of style alone
-HASTE = {"numerical": (0.1, 0.8), "free-form": (0.2, 0.9), "multiple choice": (0.3, 0.3), "OCR": (0.3, 0.3)}
 CASUAL = "What do you see?"
+HASTE = {"numerical": (0.1, 0.8), "free-form": (0.2, 0.9), "multiple choice": (0.3, 0.3), "OCR": (0.3, 0.3)}
 FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lucky": wrong thinking, correct answer
 
 
@@ -674,20 +755,19 @@ class ToyQuestion:
         return ", ".join(" ".join(shown) for shown in scene)
 
     def faults(self, response):
-        """How often the thinking in `response` fails each of the CRITERIA (Counter), and what a careful reader notes on
-        the way: what the picture shows wherever something is claimed, with "wrong" behind what was claimed otherwise.
-        It reads every claim, in any order and in the wordings of `read_claims`, and checks it against the scene."""
+        """How often the thinking in `response` has each of the FAULTS (a dict), and what a careful reader notes on the
+        way: what the picture shows where something is claimed, and "wrong" behind what was claimed otherwise. Any text
+        will do: an <answer> is what stands behind </think>."""
         thinking, _, final = response.partition("</think>")
         thinking = thinking.replace("<think>", " ")
         mixed = any(not word.isascii() or word.lower() in ENGLISH for word in re.findall(r"[^\W\d_]+", thinking))
         thinking = re.sub(r"\w+", lambda word: ENGLISH.get(word[0].lower(), word[0]), thinking)
-        final = self._tidy(re.sub(r"</?answer>", " ", final))
-        believed, wrong, repeated, follows, notes = {}, 0, 0, True, {}
+        answers, believed, notes, wrong, repeated = [re.sub(r"</?answer>", " ", final)], {}, {}, 0, 0
         for sentence in re.split(r"[.;\n]+", thinking):
             if conclusion := re.search(r"\banswer\b.*?(?:\bis\b|:)\s*(.+)", sentence, re.I):
-                follows &= self._tidy(conclusion[1]) == final
+                answers.append(conclusion[1])
                 sentence = sentence[:conclusion.start()]
-            claims, count = read_claims(sentence, LETTERS if self.problem_type == "OCR" else ())
+            claims, count = self.claims(sentence)
             wrong += count is not None and count != len(self.scene)
             for cell, attribute, value in claims:
                 shown = self.scene[cell][attribute] if cell < len(self.scene) else "nothing"
@@ -695,24 +775,38 @@ class ToyQuestion:
                 repeated += believed.get((cell, attribute)) == value
                 believed[cell, attribute] = value
                 notes.setdefault(cell, {}).setdefault(attribute, shown if value == shown else f"{shown} wrong")
-        cells = range(len(self.scene))
-        needed = {"multiple choice": [(self.cell, self.attribute)], "OCR": [(i, 1) for i in cells]}.get(
-            self.problem_type, [(i, a) for i in cells for a in (0, 1)])
-        complete = all(key in believed for key in needed)
-        if self.problem_type == "numerical":  # as many as are claimed
-            follows &= final == [str(len({cell for cell, _ in believed}))]
-        else:
-            scene = [(believed.get((i, 0)), believed.get((i, 1))) for i in cells]
-            follows &= complete and final == self._tidy(self.answer(scene))
-        counts = (not follows, wrong, not complete or bool(GUESSING.search(thinking)), mixed, repeated)
-        return Counter(dict(zip(CRITERIA, map(int, counts)))), " ".join(
+        scene = [(believed.get((i, 0)), believed.get((i, 1))) for i in range(len(self.scene))]
+        missing = None in {"multiple choice": [scene[self.cell][self.attribute]],
+                           "OCR": [glyph for _, glyph in scene]}.get(self.problem_type, sum(scene, ()))
+        if self.problem_type == "numerical":
+            scene = {cell for cell, _ in believed}  # the answer counts what is claimed
+        leap = missing and self.problem_type != "numerical" or any(
+            self._words(answer) != self._words(self.answer(scene)) for answer in answers)
+        counts = (leap, wrong, missing or bool(GUESSING.search(thinking)), mixed, repeated)
+        return dict(zip(FAULTS, map(int, counts))), " ".join(
             f"{CELLS[cell]} is {' '.join(dict.fromkeys(values.values()))}." for cell, values in notes.items())
 
+    def claims(self, sentence):
+        """The claims (cell, attribute, value) of a sentence, such as "first is a red circle", "a red circle comes
+        first" or "first and fourth are red", and the count in "there are two shapes", else None."""
+        words, letters = re.findall(r"\w+", sentence), LETTERS if self.problem_type == "OCR" else ()
+        found = [(1, word) if word in letters else NAMED.get(word.lower()) for word in words]
+        found = [item for item in found if item is not None]  # in reading order
+        runs, claims = [list(run) for _, run in groupby(found, key=type)], []  # of cells, and of values
+        for pair in zip(runs[::2], runs[1::2]):
+            cells, values = pair if isinstance(pair[0][0], int) else reversed(pair)
+            claims += [(cell, *value) for cell in cells for value in values]
+        counts = [COUNTS[word.lower()] for word in words if word.lower() in COUNTS]
+        return claims, counts[0] if len(counts) == 1 and not found else None
+
+    def _words(self, answer):
+        words = re.findall(r"\w+", answer.lower())
+        return words[:1] if self.problem_type == "multiple choice" else words
+
     def soundness(self, response):
-        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`, by the paper's five criteria (Table 4). An answer
-        that doesn't follow from the claims costs 0.4 (logic), a wrong claim 0.4, more than one 0.6 (correctness), a
-        guess or missing evidence 0.4 (support), a second language 0.2, each repetition 0.1, at most 0.3. No words: 0.
-        """
+        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`. An answer that doesn't follow from the claims costs
+        0.4 (logic), a wrong claim 0.4, more than one 0.6 (correctness), a guess or missing evidence 0.4 (support), a
+        second language 0.2, each repetition 0.1, at most 0.3. Without a word it is 0."""
         if not re.search(r"[^\W\d_]", response.partition("</think>")[0].replace("<think>", "")):
             return 0.0
         leap, wrong, unsupported, mixed, repeated = self.faults(response)[0].values()
@@ -722,25 +816,16 @@ class ToyQuestion:
     def critique(self, response):
         """What a careful judge writes before a score: its notes on the claims, and a word for each other fault."""
         faults, notes = self.faults(response)
-        words = dict(zip(CRITERIA, ("leap", "", "guess", "mixed", "repeated")))
-        return " ".join([notes, *(f"{words[name]}." for name, n in faults.items() if n and words[name])]).strip()
-
-    def _tidy(self, text):
-        words = re.findall(r"\w+", text.lower())
-        return words[:1] if self.problem_type == "multiple choice" else words
+        words = zip(("leap.", "", "guess.", "mixed.", "repeated."), faults.values())
+        return " ".join(filter(None, [notes, *(word for word, n in words if n)]))
 
     def habit(self, rng):
-        """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking. Haste comes
-        more often (HASTE) where there is much to count or where the question is casual, so that the likeliest answer is
-        hasty for some questions and sound for others."""
-        if rng.random() < self.haste():
+        """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking. Much to
+        count and a casual question tempt to haste: the likeliest answer is hasty there and sound elsewhere."""
+        tempting = len(self.scene) > 2 if self.problem_type == "numerical" else self.problem == CASUAL
+        if rng.random() < HASTE[self.problem_type][tempting]:
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
-
-    def haste(self):
-        """The share of guesses in the warm start's answers to this question."""
-        return HASTE[self.problem_type][len(self.scene) > 2 if self.problem_type == "numerical" else
-                                        self.problem == CASUAL]
 
     def response(self, rng, flaw=None):
         """A response in the warm start's words: sound, or with the flaw."""
@@ -761,8 +846,7 @@ class ToyQuestion:
             claims = [re.sub(r"\w+", lambda word: SPANISH.get(word[0], word[0]), claim) for claim in claims]
         if flaw == "redundancy":
             claims = [claim for claim in claims for _ in range(2)]
-        answer = {"leap": guess, "lucky": self.answer()}.get(flaw, self.answer(scene))
-        return respond(" ".join(claims), answer)
+        return respond(" ".join(claims), {"leap": guess, "lucky": self.answer()}.get(flaw, self.answer(scene)))
 
 
 def respond(thinking, answer):
@@ -770,42 +854,23 @@ def respond(thinking, answer):
     return f"<think>{thinking}</think><answer>{answer}</answer>"
 
 
-def read_claims(sentence, letters=()):
-    """The claims (cell, attribute, value) of one sentence about a toy picture, such as "first is a red circle", "a red
-    circle comes first" or "first and fourth are red", and the count in "there are two shapes", else None."""
-    said = {**{word: i for i, word in enumerate(CELLS)}, **{colour: (0, colour) for colour in COLOURS},
-            **{shape: (1, shape) for shape in SHAPES}, **{shape + "s": (1, shape) for shape in SHAPES}}
-    words = re.findall(r"\w+", sentence)
-    found = [(1, word) if word in letters else said.get(word.lower()) for word in words]
-    found = [item for item in found if item is not None]  # in reading order: cells (int) and values (attribute, value)
-    runs = [list(run) for _, run in groupby(found, key=lambda item: isinstance(item, int))]
-    claims = []
-    for one, other in zip(runs[::2], runs[1::2]):  # cells then values, or values then cells
-        cells, values = (one, other) if isinstance(one[0], int) else (other, one)
-        claims += [(cell, *value) for cell in cells for value in values]
-    counts = [COUNTS[word.lower()] for word in words if word.lower() in COUNTS]
-    return claims, counts[0] if len(counts) == 1 and not found else None
-
-
 def draw(scene, size):
     """The picture of a scene, size x size pixels: 28 x 28 for a cell are one image token of Qwen2.5-VL."""
-    picture, cell = Image.new("RGB", (size, size)), size // 2
-    pen, margin = ImageDraw.Draw(picture), size // 14
+    picture, cell, margin = Image.new("RGB", (size, size)), size // 2, size // 14
+    pen = ImageDraw.Draw(picture)
     for i, panel in enumerate(PANELS):
-        left, top = i % 2 * cell, i // 2 * cell
-        pen.rectangle((left, top, left + cell, top + cell), panel)
-        if i < len(scene):
-            colour, glyph = scene[i]
-            box = (left + margin, top + margin, left + cell - margin, top + cell - margin)
-            if glyph == "circle":
-                pen.ellipse(box, COLOURS[colour])
-            elif glyph == "square":
-                pen.rectangle(box, COLOURS[colour])
-            elif glyph == "triangle":
-                pen.polygon([(left + cell / 2, box[1]), (box[2], box[3]), (box[0], box[3])], COLOURS[colour])
-            else:
-                pen.text((left + cell / 2, top + cell / 2), glyph, COLOURS[colour],
-                         ImageFont.load_default(cell * 0.9), "mm")
+        x, y = i % 2 * cell, i // 2 * cell
+        pen.rectangle((x, y, x + cell, y + cell), panel)
+        colour, glyph = scene[i] if i < len(scene) else (None, None)
+        left, top, right, bottom = x + margin, y + margin, x + cell - margin, y + cell - margin
+        if glyph in LETTERS:
+            pen.text((x + cell / 2, y + cell / 2), glyph, COLOURS[colour], ImageFont.load_default(cell * 0.9), "mm")
+        elif glyph == "circle":
+            pen.ellipse((left, top, right, bottom), COLOURS[colour])
+        elif glyph == "square":
+            pen.rectangle((left, top, right, bottom), COLOURS[colour])
+        elif glyph == "triangle":
+            pen.polygon([(x + cell / 2, top), (right, bottom), (left, bottom)], COLOURS[colour])
     return picture
 
 
@@ -814,21 +879,20 @@ def toy_questions(n, seed, held_out=False, shifted=False):
     """n ToyQuestions, the same for the same seed; about a fifth of all scenes is never seen unless `held_out`. Training
     never sees what `shifted` questions ask for: three shapes to describe, three letters, the cells in the middle."""
     rng, questions = random.Random(f"toy {seed} {held_out}{' shifted' * shifted}"), []
+    kinds = PROBLEM_TYPES[shifted:4]
     while len(questions) < n:
-        problem_type = PROBLEM_TYPES[shifted:4][len(questions) % (4 - shifted)]
-        glyphs = LETTERS if problem_type == "OCR" else SHAPES
-        shown = {"numerical": rng.randint(1, 4), "free-form": 2 + shifted, "OCR": 4 - shifted}.get(problem_type, 4)
-        scene = tuple((rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in range(shown))
-        question = ToyQuestion(problem_type, {"numerical": "How many shapes are there?", "OCR": "Read the letters.",
-                                              "free-form": rng.choice(("Describe the picture.", CASUAL))
-                                              }.get(problem_type), scene)
-        if problem_type == "multiple choice":
+        kind, cell, attribute, choices = kinds[len(questions) % len(kinds)], 0, 0, ()
+        shown = {"numerical": rng.randint(1, 4), "free-form": 2 + shifted, "OCR": 4 - shifted, "multiple choice": 4}
+        glyphs = LETTERS if kind == "OCR" else SHAPES
+        scene = tuple((rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in range(shown[kind]))
+        problem = {"numerical": "How many shapes are there?", "OCR": "Read the letters.",
+                   "free-form": rng.choice(("Describe the picture.", CASUAL))}.get(kind)
+        if kind == "multiple choice":
             cell, attribute = rng.choice((1, 2) if shifted else (0, 3)), rng.randrange(2)
             problem = f"Which {('colour', 'shape')[attribute]} is {CELLS[cell]}?"
-            question = replace(question, problem=problem, cell=cell, attribute=attribute,
-                               choices=(tuple(COLOURS), SHAPES)[attribute])
+            choices = SHAPES if attribute else tuple(COLOURS)
         if (zlib.crc32(repr(scene).encode()) % 5 == 0) == held_out:
-            questions.append(question)
+            questions.append(ToyQuestion(kind, problem, scene, cell, attribute, choices))
     return tuple(questions)
 
 
@@ -837,8 +901,8 @@ def toy_question(id):
     named = re.fullmatch(r"toy-(train|held-out|shifted)-(.*)-(\d+)", id)
     if not named:
         raise DataError(f"{id}: is no question of the toy world, whose oracle knows no other")
-    part, seed, i = named[1], named[2], int(named[3])
-    return toy_questions(-(-(i + 1) // 1000) * 1000, seed, part != "train", part == "shifted")[i]
+    part, seed, i = named[1], named[2], int(named[3])  # in thousands, for the cache: fewer are the beginning of more
+    return toy_questions(i // 1000 * 1000 + 1000, seed, part != "train", part == "shifted")[i]
 
 
 def toy_warm_start(n, seed, folder=None):
@@ -854,19 +918,17 @@ def toy_examples(n, seed, held_out=False, size=56, folder=None, shifted=False):
     (default: a temporary one that is kept). A fifth of all scenes is never seen unless `held_out` is set."""
     folder = Path(folder or Path(tempfile.gettempdir()) / f"sophia_min_toy_{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)
-    examples = []
-    questions = progress(toy_questions(n, seed, held_out, shifted), desc="drawing pictures", delay=2, leave=False)
-    for i, question in enumerate(questions):
+    examples, part = [], "shifted" if shifted else "held-out" if held_out else "train"
+    questions = toy_questions(n, seed, held_out, shifted)
+    for i, question in enumerate(progress(questions, desc="drawing pictures", delay=2, leave=False)):
         image = folder / f"{size}_{zlib.crc32(repr(question.scene).encode()):08x}.png"
         if not image.exists():
-            beside = image.with_suffix(f".{os.getpid()}.tmp")
+            beside = image.with_suffix(f".{os.getpid()}.tmp")  # every rank draws: none sees half a picture
             draw(question.scene, size).save(beside, "PNG")
             os.replace(beside, image)
         options = tuple(f"{letter}. {choice}" for letter, choice in zip("ABCD", question.choices))
-        part = "shifted" if shifted else "held-out" if held_out else "train"
-        examples.append(Example(f"toy-{part}-{seed}-{i}", question.problem,
-                                question.problem_type, options, question.answer(), str(image), "toy",
-                                question.soundness, question.critique))
+        examples.append(Example(f"toy-{part}-{seed}-{i}", question.problem, question.problem_type, options,
+                                question.answer(), str(image), "toy", question.soundness, question.critique))
     return examples
 
 
@@ -878,18 +940,18 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}"""  # Qwen's layout
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                   "<|video_pad|>"]
-
-
 # What a judge is asked with, as words: whole tokens make its prompt short.
 ASKED = ("Rate how well the answers below are thought through. Write one number from 0 to 1, in steps of 0.1, and "
-         "nothing else. First check each claim in the thinking, in a few words. Then write \"score:\" Rate it. wrong")
+         "nothing else. First check each claim in the thinking, in a few words. Then write \"score:\" Rate it. wrong "
+         "logical soundness: each step follows from the steps before. correct reasoning: facts and methods are right, "
+         "as the picture shows them. error identification: no flaw, no guess, no unsupported assumption. language "
+         "consistency: one language throughout. redundancy: concise, nothing said twice.")
 
 
 def toy_tokenizer():
     """A byte-level BPE tokenizer, like Qwen's, that knows the toy's words whole and any other text by its bytes."""
     rng = random.Random(0)
     words = [SYSTEM_PROMPT, *ANSWER_FORM.values(), *SPANISH.values(), ASKED, "system", "user", "assistant"]
-    words += [f" {name}: {meaning}." for name, meaning in CRITERIA.items()]
     for question in toy_questions(2000, 0):
         words += [question.problem, question.response(rng, question.habit(rng))]
     tokenizer = Tokenizer(models.BPE())
@@ -908,27 +970,117 @@ def toy_model(seed=0):
     """(model, Processor): an untrained Qwen2.5-VL of a million parameters, built from its config, and what turns an
     Example into its inputs. Its 28 x 28 pixel patches see one cell of a 56 x 56 toy picture each."""
     tokenizer = toy_tokenizer()
-    tokens = dict(zip(("pad", "start", "eos", "vision_start", "vision_end", "image", "video"),
-                      tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
+    pad, _, end, vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
     init = {"initializer_range": 0.08}  # 0.02, the default, is for wide models: this one would read nothing for long
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
-            bos_token_id=None, eos_token_id=tokens["eos"], pad_token_id=tokens["pad"], **init),
+            bos_token_id=None, eos_token_id=end, pad_token_id=pad, **init),
         vision_config=dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=128,
                            fullatt_block_indexes=[1], **init),
-        vision_start_token_id=tokens["vision_start"], vision_end_token_id=tokens["vision_end"],
-        image_token_id=tokens["image"], video_token_id=tokens["video"], tie_word_embeddings=True, **init)
+        vision_start_token_id=vision_start, vision_end_token_id=vision_end, image_token_id=image,
+        video_token_id=video, tie_word_embeddings=True, **init)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokens["eos"], pad_token_id=tokens["pad"])
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     return model.eval(), Processor(tokenizer, Qwen2VLImageProcessorPil(), max_pixels=1280 * 28 * 28)
 
 
-# ---------------------------------------------------------------- files that survive a crash, and the report
+# ---------------------------------------------------------------- what a step leaves
+
+def about(example, step):
+    """What a saved response says of its question."""
+    return {"step": step, "id": example.id, "problem": example.problem, "problem_type": example.problem_type,
+            "options": list(example.options), "solution": example.solution, "image": example.image}
+
+
+def group_rows(step, examples, groups, gammas, lengths, **columns):
+    """A dict a question, with its responses: for the log, the report and rollouts.jsonl. groups: texts [Q][G]; gammas
+    [Q], 0 for a group without a score; lengths [N] in tokens; columns: [Q, G] each, NaN for none."""
+    lengths = lengths.view(len(examples), -1).tolist()
+    columns = {name: [[None if math.isnan(value) else value for value in group] for group in values.tolist()]
+               for name, values in columns.items()}
+    return [{**about(example, step), "gamma": gammas[q] or None, "responses": [
+        {"response": text, **{name: values[q][i] for name, values in columns.items()}, "tokens": lengths[q][i]}
+        for i, text in enumerate(groups[q])]} for q, example in enumerate(examples)]
+
+
+def log_line(step, ranks, anneal, judged, times):
+    """(the step's line for log.jsonl, the groups of all processes) from each process's (group_rows, metrics)."""
+    groups = [group for rows, _ in ranks for group in rows]
+    responses = [response for group in groups for response in group["responses"]]
+    outcomes, scores = [r["outcome"] for r in responses], [r["thinking"] for r in responses if r["thinking"] is not None]
+    gammas = [group["gamma"] for group in groups if group["gamma"] is not None]
+    rollout, score, update = (end - start for start, end in zip(times, times[1:]))
+    metrics = {name: fmean(metrics[name] for _, metrics in ranks) for name in ranks[0][1]}
+    return {
+        "step": step, "outcome": fmean(outcomes), "thinking": fmean(scores) if scores else None,
+        "gamma": fmean(gammas) if gammas else None, "anneal": anneal,
+        "reward_std": fmean(stdev(response["reward"] for response in group["responses"]) for group in groups),
+        **metrics, "length": fmean(response["tokens"] for response in responses),
+        "accuracy": fmean(outcome >= 0.5 for outcome in outcomes),
+        "truncated": sum(metrics["truncated"] for _, metrics in ranks),
+        "unscored": (len(groups) - len(gammas)) * judged,
+        "zero_groups": sum(not any(r["advantage"] for r in group["responses"]) for group in groups),
+        "mistrusted": sum(gamma < 1 for gamma in gammas), "sec_rollout": rollout, "sec_score": score,
+        "sec_update": update,
+        "tokens_per_sec": sum(response["tokens"] for response in responses) / (rollout + score + update)}, groups
+
+
+def write_step(out, line, groups, config):
+    """What a step leaves: its line in the log, some groups for the report and, if wanted, every response."""
+    append_line(out / "log.jsonl", json.dumps(line, allow_nan=False))
+    if config.save_rollouts:
+        write_rollouts(out, ({**{name: value for name, value in group.items() if name != "responses"}, **response}
+                             for group in groups for response in group["responses"]))
+    if line["step"] in (1, config.steps // 2, config.steps):
+        for group in sorted(groups, key=lambda group: group["gamma"] or 1)[:4]:  # the least trusted ones
+            append_line(out / "groups.jsonl", json.dumps({**group, "thumbnail": thumbnail(group["image"])}))
+
+
+class Watch:
+    """Says once each what a run's numbers would only say to those who look: called with every step's line and groups."""
+
+    def __init__(self, judged):
+        self.scored, self.formless, self.judged = [], 0, judged
+
+    def __call__(self, line, groups):
+        self.scored = [*self.scored, *(group["gamma"] is not None for group in groups)][-50:]
+        missing = self.scored.count(False)
+        if self.judged and missing > 25:
+            self.judged = False
+            tqdm.write(f"WARNING: the reward model gave no usable score for {missing} of the last {len(self.scored)} "
+                       "groups: they learn from the outcome alone. Try --rm_mode expected, or another --reward_model.",
+                       file=sys.stderr)
+        self.formless += 1 if not line["format_rate"] else -self.formless
+        if self.formless == 10 and line["step"] == 10:
+            tqdm.write("WARNING: no response of the first 10 steps is in the format <think>..</think><answer>..</answer>, "
+                       f"so none earns anything. The first of this step: {groups[0]['responses'][0]['response'][:300]!r}",
+                       file=sys.stderr)
+
+
+def write_rollouts(out, rows):
+    """Responses, for reward_model.py to learn from."""
+    append_line(Path(out) / "rollouts.jsonl", "\n".join(map(json.dumps, rows)))
+
+
+# ---------------------------------------------------------------- files that survive a crash
+
+
+def _beside(path):
+    """A name next to `path` for what will take its place (across disks a rename would be a copy), its own for each
+    process. What processes that were killed have left under such names is removed."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
+        try:
+            os.kill(int(leftover.suffixes[-2][1:]), 0)  # signal 0 only asks whether the process lives
+        except ProcessLookupError:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        except (ValueError, OverflowError, PermissionError):  # no name of ours; another user's process
+            pass
+    return path.with_name(f".{path.name}.{os.getpid()}.new")
 
 
 def write_atomic(path, content):
@@ -938,20 +1090,18 @@ def write_atomic(path, content):
     if RANK > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed
-        leftover.unlink()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder: across disks a rename is a copy
+    new = _beside(path)
     try:
-        with open(beside, "wb") as file:
+        with open(new, "wb") as file:
             if callable(content):
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(new, path)
     finally:
-        beside.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the rename itself
     os.close(folder)
@@ -976,56 +1126,83 @@ def append_line(path, text):
 
 
 def read_lines(path):
-    """The objects of a JSON lines file. A line torn by a crash is passed over: it can't be read as JSON."""
+    """The objects of a JSON lines file, none if there is no file. A line torn by a crash is passed over."""
     lines = []
-    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else ():
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or half a character of UTF-8
             continue
     return lines
 
 
-def keep_lines(path, wanted):
-    """Cut a JSON lines file, if there is one, down to the lines that are wanted."""
-    if Path(path).exists():
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in read_lines(path) if wanted(line)))
+def cut_log(out, step):
+    """Cut what a run left down to the steps up to `step`: those after it come again, with what was last."""
+    for path in (Path(out, name) for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl")):
+        kept = [line for line in read_lines(path) if line["step"] <= step and not (line["step"] and "held_out" in line)]
+        if path.exists():
+            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def save_folder(folder, model, processor):
-    """Model and processor in Hugging Face format, with SHA256SUMS, beside the old folder first, then in its place."""
-    folder, weights = Path(folder), {name: gathered(weight) for name, weight in model.state_dict().items()}
+def save_folder(folder, model, processor, weights=None):
+    """Model and processor in Hugging Face format, with SHA256SUMS, written beside the old folder and then put in its
+    place. weights: the state dict to write (default: the model's own). If another process saves the same folder at the
+    same time, one of the two is there in the end, whole. Raises OSError."""
     if RANK > 0:
         return
-    new, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    folder = Path(folder)
+    beside = _beside(folder)
+    shutil.rmtree(beside, ignore_errors=True)  # of a save that failed
+    new = beside / "new"
     model.save_pretrained(new, state_dict=weights)
     processor.save_pretrained(new)
     write_atomic(new / "SHA256SUMS", "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(new.iterdir())))
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(FileNotFoundError):  # there is none yet
+        os.replace(folder, beside / "old")
+    try:
+        os.replace(new, folder)
+    except OSError:  # another process has put its own there in between?
+        if not folder.exists():
+            raise
+    shutil.rmtree(beside)
 
 
-def whole(tensor):
-    """A tensor that may be spread over the ranks, in one piece; all ranks must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensor):
-    """The same for rank 0 alone, in host memory: no card ever holds more than one tensor in one piece. Else None."""
-    tensor = whole(tensor)
-    return tensor.cpu() if RANK == 0 else None
-
-
-def damaged_files(folder):
-    """Names of files in a model folder that differ from its SHA256SUMS; none if it has no such list."""
+def check_folder(folder):
+    """OSError if files of a model folder differ from its SHA256SUMS; what else stands in there is passed over."""
     sums = Path(folder, "SHA256SUMS")
-    lines = [line.split("  ", 1) for line in sums.read_text().splitlines()] if sums.exists() else []
-    files = [(digest, sums.with_name(name)) for digest, name in lines]
-    return [file.name for digest, file in files if not file.exists() or _sha256(file) != digest]
+    named = re.findall(r"(?m)^([0-9a-f]{64}) [ *](\S.*)$", sums.read_text() if sums.exists() else "")
+    files = {sums.with_name(name): digest for digest, name in named}
+    if damaged := [file.name for file, digest in files.items() if not file.exists() or _sha256(file) != digest]:
+        raise OSError(f"{', '.join(damaged)} changed since it was saved (SHA256SUMS); restore it from a copy.")
+
+
+@contextmanager
+def lock(folder):
+    """A lock on a run's folder, made if need be, so that one process alone writes there; it ends with the process,
+    however that ends. Raises DataError if another one holds it, or if the folder can't be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder, f".lock{RANK or ''}"), "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(f"--out {folder}: another run is writing there; choose another") from error
+    except OSError as error:
+        raise DataError(f"--out {folder}: can't be written: {error}") from error
+    with file:
+        yield
+
+
+def read_checkpoint(path):
+    """A saved state. A damaged file ends the run in one line: torch reads flipped bits in silence, but its zip format
+    carries a checksum of each part."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, EOFError, RuntimeError) as error:
+        raise SystemExit(f"{path} is damaged and wasn't loaded: {str(error).splitlines()[0]}. Restore it from a copy, "
+                         "or start the run again.") from error
 
 
 def _sha256(path):
@@ -1033,12 +1210,16 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def rise(before, after):
+# ---------------------------------------------------------------- what a run shows: table, curves, report
+
+
+def paired_difference(before, after):
     """The change a question in words, with its 95% interval (normal, paired), for 0/1 results on the same questions."""
     changes = np.subtract(after, before)
-    half = 1.96 * changes.std(ddof=1) / math.sqrt(len(changes)) if len(changes) >= 30 else math.nan
-    interval = f"95% interval {changes.mean() - half:+.3f} to {changes.mean() + half:+.3f}"
-    return f"{changes.mean():+.3f}, {'too few questions for an interval' if math.isnan(half) else interval}"
+    if len(changes) < 30:
+        return f"{changes.mean():+.3f}, too few questions for an interval"
+    half = 1.96 * changes.std(ddof=1) / math.sqrt(len(changes))
+    return f"{changes.mean():+.3f}, 95% interval {changes.mean() - half:+.3f} to {changes.mean() + half:+.3f}"
 
 
 def table(results):
@@ -1055,43 +1236,21 @@ def table(results):
         cells = [f"{'-' if value is None else format(value, '.3f'):>10}" for value in values]
         lines.append(f"{name:<34}{''.join(cells)}  {note}".rstrip())
     if len(columns) == 2:
-        lines.append(f"change in right answers: {rise(columns[0]['right'], last['right'])}")
+        lines.append(f"change in right answers: {paired_difference(columns[0]['right'], last['right'])}")
     return "\n".join(lines)
 
 
 def plot(panels):
-    """A picture as PNG bytes, with a panel for each function of a matplotlib axis, at most three side by side."""
-    import matplotlib  # here: only pictures need it, and it takes a second to import
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    """PNG bytes, a panel for each function of a matplotlib axis, three a row. Without matplotlib raises ImportError."""
+    from matplotlib.figure import Figure  # here: only pictures need it, and it takes a second to import
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(12 if columns > 1 else 7, 2.5 * rows + 2 * (rows == 1)),
-                                layout="constrained", squeeze=False)
-    for axis, panel in zip(axes.flat, panels):
-        panel(axis)
-    for axis in axes.flat[len(panels):]:
-        axis.set_visible(False)
+    figure = Figure(figsize=(12 if columns > 1 else 7, 2.5 * rows + 2 * (rows == 1)), layout="constrained")
+    for i, panel in enumerate(panels, 1):
+        panel(figure.add_subplot(rows, columns, i))
     png = io.BytesIO()
     figure.savefig(png, dpi=80)
-    plt.close(figure)
     return png.getvalue()
-
-
-CURVES = (("accuracy", "share of right answers"), ("outcome", "outcome reward R^o"),
-          ("thinking", "thinking reward R^t"), ("gamma", "trust gamma"), ("anneal", "annealing exp(-step/T)"),
-          ("kl", "KL to the reference"), ("length", "response length, tokens"), ("grad_norm", "gradient norm"),
-          ("format_rate", "share in the format"))
-PAGE = """<!doctype html><meta charset="utf-8"><title>sophia_min</title><style>
-body{font:14px sans-serif;max-width:1100px;margin:2em auto}img{max-width:100%}td,th{padding:.2em .6em;text-align:left;
-vertical-align:top}td+td{text-align:right;font-variant-numeric:tabular-nums}h2{font-size:1em;margin-top:2.5em}
-.right{background:#dff2df}.wrong{background:#f4f4f4;color:#555}.lucky{background:#ffd98a}.praised{background:#f7c4c4}
-.mistrusted{background:#b3261e;color:#fff;padding:.1em .5em;border-radius:.3em}</style>"""
-LEGEND = """<p><span class=right>right, thinking scored 0.5 or more</span> <span class=lucky>right, but thinking scored
-below: "wrong thinking, correct answer"</span> <span class=wrong>wrong</span> <span class=praised>wrong, but thinking
-scored 0.5 or more</span> <span class=mistrusted>gamma below 1: wrong answers got the better thinking scores</span>
-<p>R^o: outcome reward, R^t: thinking reward, R: both combined (Eq. 5), A: advantage (Eq. 6). Of each step shown, the
-four groups with the lowest gamma."""
 
 
 def thumbnail(path):
@@ -1100,122 +1259,64 @@ def thumbnail(path):
         return None
     file, picture = io.BytesIO(), open_picture(path)
     picture.thumbnail((320, 320))
-    size = (picture.width * 2, picture.height * 2) if picture.width < 160 else picture.size
-    picture.resize(size, Image.NEAREST).save(file, "PNG")
+    picture.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
 
+CURVES = (("accuracy", "share of right answers"), ("outcome", "outcome reward R^o"),
+          ("thinking", "thinking reward R^t"), ("gamma", "trust gamma"), ("anneal", "annealing exp(-step/T)"),
+          ("kl", "KL to the reference"), ("length", "response length, tokens"), ("grad_norm", "gradient norm"),
+          ("format_rate", "share in the format"))
+PAGE = """<!doctype html><meta charset="utf-8"><title>sophia_min</title><style>
+body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2em auto;padding:0 1em}img{max-width:100%}
+pre,section{background:#fafafa;border:1px solid #ddd;border-radius:.5em;padding:.8em 1em;overflow-x:auto}
+section{margin:1.2em 0}section>img{min-width:112px;image-rendering:pixelated}h2{margin-top:1.8em}h3{margin:0 0 .5em}
+table{border-collapse:collapse;width:100%}td,th{padding:.3em .7em;text-align:left;vertical-align:top}
+th{font-weight:normal;color:#666}tr+tr{border-top:2px solid #fafafa}td+td{text-align:right;white-space:nowrap}
+.right{background:#dff2df}.wrong{background:#eee;color:#555}.lucky{background:#ffd98a}.praised{background:#f7c4c4}
+.mistrusted{background:#b3261e;color:#fff}span{padding:.1em .5em;border-radius:.3em}</style>"""
+LEGEND = """<p><span class=right>right, thinking scored 0.5 or more</span> <span class=lucky>right, but thinking scored
+below: "wrong thinking, correct answer"</span> <span class=wrong>wrong</span> <span class=praised>wrong, but thinking
+scored 0.5 or more</span> <span class=mistrusted>gamma below 1: wrong answers got the better thinking scores</span>
+<p>R^o: outcome reward, R^t: thinking reward, R: both combined (Eq. 5), A: advantage (Eq. 6). Of each step shown, the
+four groups with the lowest gamma."""
+
+
 def write_report(out):
-    """report.html from what a run left in `out`: one self-contained page with the curves and some groups."""
+    """report.html from what a run left in `out`: one self-contained page with its evaluation, curves and some groups.
+    Without matplotlib it says what is missing in the place of the curves."""
+    if RANK > 0:
+        return
     out, log = Path(out), read_lines(Path(out) / "log.jsonl")
+    settings, evaluation = (json.loads((out / name).read_text()) for name in ("config.json", "eval.json"))
 
     def curve(name, title, axis):
         points = [(line["step"], line[name]) for line in log if line[name] is not None]
         axis.plot(*zip(*points) if points else ([], []))
         axis.set_title(title, fontsize=10)
 
-    curves = plot([functools.partial(curve, *named) for named in CURVES])
-    settings = json.loads((out / "config.json").read_text())
+    try:
+        curves = _inline(base64.b64encode(plot([functools.partial(curve, *named) for named in CURVES])).decode())
+    except ImportError as error:
+        curves = f"<p>No curves, as matplotlib can't be imported ({escape(str(error))}): pip install matplotlib"
     chosen = ", ".join(f"{name} {settings[name]}" for name in "model reward_model trust alpha steps seed".split())
-    parts = [PAGE, f"<h1>sophia_min: {html.escape(out.name)}</h1><p>{html.escape(chosen)}", "<pre>",
-             html.escape(table(json.loads((out / "eval.json").read_text()))), "</pre>",
-             _inline(base64.b64encode(curves).decode()), LEGEND]
+    parts = [PAGE, f"<h1>sophia_min: {escape(out.name)}</h1><p>{escape(chosen)}", "<h2>Held-out questions</h2><pre>",
+             escape(table(evaluation)), "</pre><h2>Training, by step</h2>", curves, "<h2>Some groups</h2>", LEGEND]
     for group in read_lines(out / "groups.jsonl"):
-        asked, gamma = html.escape(" ".join([group["problem"], *group["options"]])), group["gamma"]
+        asked, gamma = escape(" ".join([group["problem"], *group["options"]])), group["gamma"]
         trust = "not scored" if gamma is None else f"gamma {gamma:.2f}"
         trust = f"<span class=mistrusted>{trust}</span>" if gamma is not None and gamma < 1 else trust
-        parts.append(f"<h2>step {group['step']}: {asked} (truth: {html.escape(group['solution'])}) {trust}</h2>")
-        parts.append(_inline(group["thumbnail"]))
-        parts.append("<table><tr><th>response<th>R^o<th>R^t<th>R<th>A")
+        parts += [f"<section><h3>step {group['step']}: {asked} (truth: {escape(group['solution'])}) {trust}</h3>",
+                  _inline(group["thumbnail"]), "<table><tr><th>response<th>R^o<th>R^t<th>R<th>A"]
         for response in group["responses"]:
             right, thinking = response["outcome"] >= 0.5, response["thinking"]
-            kind = ("right" if thinking is None or thinking >= 0.5 else "lucky") if right else (
-                "wrong" if thinking is None or thinking < 0.5 else "praised")
-            parts.append(f"<tr class={kind}><td>{html.escape(response['response'])}<td>{response['outcome']:.2f}<td>"
-                         f"{'-' if thinking is None else format(thinking, '.2f')}<td>{response['reward']:.2f}<td>"
-                         f"{response['advantage']:+.2f}")
-        parts.append("</table>")
+            praised = right if thinking is None else thinking >= 0.5
+            kind = {(1, 1): "right", (1, 0): "lucky", (0, 1): "praised", (0, 0): "wrong"}[right, praised]
+            cells = [escape(response["response"]), f"{response['outcome']:.2f}", "-" if thinking is None else
+                     f"{thinking:.2f}", f"{response['reward']:.2f}", f"{response['advantage']:+.2f}"]
+            parts.append(f"<tr class={kind}><td>" + "<td>".join(cells))
+        parts.append("</table></section>")
     write_atomic(out / "report.html", "\n".join(parts))
-
-
-T95 = (math.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 2, 3 .. seeds: 95% interval
-
-
-def spread(values):
-    """(mean, half of the 95% interval) of one number a seed; None for the half where there is one seed only, and for
-    both where a seed has none."""
-    n = len(values)
-    if None in values:
-        return None, None
-    half = T95[min(n, 10) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None
-    return float(np.mean(values)), half
-
-
-def thinking_share(rows):
-    """How far advantages spread in groups that are all right, where thinking alone can spread them: the mean standard
-    deviation in a run's first and last third of steps (None without such groups)."""
-    groups, last = {}, max(row["step"] for row in rows)
-    for row in rows:
-        if not row.get("held_out"):
-            groups.setdefault((row["step"], row["id"]), []).append(row)
-    parts = ([], [])
-    for (step, _), group in groups.items():
-        if {row["outcome"] for row in group} == {1} and not last / 3 < step <= last * 2 / 3:
-            parts[step > last / 2].append(np.std([row["advantage"] for row in group], ddof=1))
-    return [float(np.mean(part)) if part else None for part in parts]
-
-
-def study_numbers(out):
-    """What a finished run of the study shows: four results, then what trust and annealing did in it."""
-    after = json.loads((out / "eval.json").read_text())["after"]
-    shifted = json.loads((out / "shifted" / "eval.json").read_text())["before"]
-    log, (first, last) = read_lines(out / "log.jsonl"), thinking_share(read_lines(out / "rollouts.jsonl"))
-    gammas = [line["gamma"] for line in log if line["gamma"] is not None]
-    return {"accuracy": after["accuracy"], "soundness": after["soundness"],
-            "shifted accuracy": shifted["accuracy"], "shifted soundness": shifted["soundness"],
-            "gamma": float(np.mean(gammas)) if gammas else None,
-            "mistrusted groups": sum(line["mistrusted"] for line in log),
-            "spread first third": first, "spread last third": last}
-
-
-def write_study(path, folders, pairs):
-    """`path`.json and .png from finished runs, folders[seed, arm], and the tables as text: means with 95% intervals
-    over the seeds, differences of the `pairs` of arms seed by seed, and what trust and annealing did in the runs."""
-    arms, seeds = list(dict.fromkeys(arm for _, arm in folders)), sorted({seed for seed, _ in folders})
-    runs = {job: study_numbers(out) for job, out in folders.items()}
-    names = list(runs[seeds[0], arms[0]])
-    numbers = {arm: {name: [runs[seed, arm][name] for seed in seeds] for name in names} for arm in arms}
-    results, mechanisms = names[:4], names[4:]
-    differences = {f"{one} minus {other}": {name: spread(np.subtract(numbers[one][name], numbers[other][name]))
-                                            for name in results} for one, other in pairs}
-    means = {arm: {name: spread(values) for name, values in numbers[arm].items()} for arm in arms}
-    write_json(f"{path}.json", {"seeds": seeds, "runs": numbers, "arms": means, "differences": differences})
-
-    def lines(names, table):
-        yield " " * 43 + "".join(f"{name:>19}" for name in names)
-        for label, cells in table.items():
-            texts = ["-" if mean is None else f"{mean:.3f}" + (f" +-{half:6.3f}" if half is not None else "")
-                     for mean, half in (cells[name] for name in names)]
-            yield f"{label:<43}" + "".join(f"{text:>19}" for text in texts)
-
-    def outcome(axis):
-        for arm in arms:
-            logs = [read_lines(folders[seed, arm] / "log.jsonl") for seed in seeds]
-            curve = np.mean([[line["outcome"] for line in log] for log in logs], 0)
-            axis.plot(np.convolve(curve, np.ones(9) / 9, "valid"), label=arm)
-        axis.set(title="outcome reward, mean of nine steps", xlabel="step")
-        axis.legend(fontsize=7)
-
-    def dots(name, axis):
-        for row, arm in enumerate(arms):
-            mean, half = spread(numbers[arm][name])
-            axis.errorbar(mean, row, xerr=half, fmt="o")
-            axis.plot(numbers[arm][name], [row + 0.2] * len(seeds), "|", color="grey")
-        axis.set(yticks=range(len(arms)), yticklabels=arms, title=name)
-        axis.invert_yaxis()
-
-    write_atomic(f"{path}.png", plot([outcome, *(functools.partial(dots, name) for name in results)]))
-    return "\n".join([*lines(results, means), "", *lines(results, differences), "", *lines(mechanisms, means)])
 
 
 def _inline(png):

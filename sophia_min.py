@@ -1,68 +1,119 @@
 """sophia_min: SophiaVL-R1's Trust-GRPO (arXiv 2505.17018) in one readable file.
 
     python sophia_min.py                                  # the toy world on a CPU: learns in about five minutes
-    python sophia_min.py --trust off --out runs/no_trust  # the same without Eq. 3
+    python sophia_min.py --trust off --out runs/no_trust  # the same without Eq. 3; the warm start isn't made again
     python sophia_min.py --model Qwen/Qwen2.5-VL-3B --data rows.json --image_root images    # the real one, on a GPU
     torchrun --nproc_per_node=8 sophia_min.py --model Qwen/Qwen2.5-VL-7B --data rows.json --image_root images
 
-A question's group of N responses earns an outcome reward by rule (R^o) and a thinking reward from a model (R^t). If
-wrong answers got better thinking scores than right ones, the judge isn't to be trusted here, and its weight gamma
-falls (Eq. 3); its share fades with time (Eq. 5); the group's rewards become advantages (Eq. 6) of a clipped update
-that stays near a frozen reference (Eq. 7).
+A question's group of N responses earns outcome rewards by rule (R^o) and thinking rewards from a judge (R^t). If wrong
+answers got the better thinking scores, the judge's weight gamma falls (Eq. 3); its share fades with time (Eq. 5); the
+rewards become advantages in the group (Eq. 6) of a clipped update that stays near a frozen reference (Eq. 7).
 
 Departures from the paper:
 - OCR: exp(-WER), as in the released code: -WER is never >= 0.5, so Eq. 1 would never call a reading right.
-- A response in the wrong format earns R^o = 0 (the paper is silent, the authors say so); it is judged all the same.
+- A response in the wrong format earns R^o = 0 (the authors say so, the paper doesn't); it is judged all the same.
 - Eq. 1-2 with nobody right or nobody wrong: gamma = 1. A judge without a usable score: the group's thinking term is
   dropped, and counted. Eq. 6: unbiased std + 1e-6 as released, and exact zeros where all rewards are equal.
 - Eq. 7 names one ratio a response; like the released code we take one a token, and a response's mean over its tokens.
-- No entropy bonus (the released code has one of 1e-3). top_p is 1 in sampling (released: 0.9, ignored by its update).
-  Ids that stand for pictures are ruled out, in sampling and in log-probabilities.
-- The thinking reward model reads the whole response, answer included, as a turn of its own after picture and question,
-  and is asked in our words; the released one reads one decoded text. It may check the claims in writing before it
-  scores (`--rm_mode reason`, the toy's default); theirs can't. The toy's `base` has learned shuffled scores; the
-  untrained judge of Table 3, nothing. `--trust released` repeats their gating of R^t: `released_gate`.
-- `--normalize outcome` and `--reward_model misled` are ours, for the study; the paper has neither.
-- Responses of a group share one computation of their prompt (`reward_model.SharedPrompt`): faster, the same numbers.
+- No entropy bonus (released: 1e-3). top_p is 1 (released: 0.9, ignored by its update). Ids that stand for pictures are
+  ruled out, in sampling and in log-probabilities.
+- A judge that we train reads picture and question, then the response as a turn of its own, and may check the claims in
+  writing before it scores (the toy's does). The toy's `base` has learned shuffled scores; Table 3's, nothing.
 """
-import argparse
 import copy
+import inspect
 import json
 import math
 import os
-import pickle
-import random
 import re
-import signal
 import sys
-import threading
 import time
-import zipfile
 import zlib
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, replace
+from argparse import RawDescriptionHelpFormatter
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean as mean, stdev
+from statistics import fmean as mean
+from typing import Literal
 
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
-from tqdm import tqdm
-from transformers import Qwen2_5_VLForConditionalGeneration, set_seed
+from transformers import (AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig,
+                          Qwen2_5_VLForConditionalGeneration, set_seed)
+from transformers.utils import is_flash_attn_2_available
 
 import data
-import reward_model
 from data import RANK, WORLD, progress
-from reward_model import SHORT_IDS, Optimizer, SharedPrompt, end_ids, is_sharded, place
+
+# ---------------------------------------------------------------- settings
+
+PAPER, RELEASED, OURS = "paper, section 4", "released config", "ours"
+
+
+def setting(default, help, source=OURS):
+    """A field of Config; --help names the source of its default."""
+    return field(default=default, metadata={"help": f"{help} ({str(default).lower()}: {source})"})
+
+
+@dataclass
+class Config:
+    """All settings of a run, with the paper's value where it names one."""
+    model: str = setting("toy", "toy, a Hugging Face id or a folder")
+    data: str = setting("toy", "toy, toy-shifted (kinds that training never asks) or a .json or .jsonl file of rows")
+    toy_pixels: int = setting(448, "width and height of the toy's pictures")
+    image_root: str | None = setting(None, "folder that picture paths start from; none: the file's")
+    reward_model: str = setting(
+        "bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (learns from the toy's oracle), none (plain GRPO), base "
+        "(untrained, Table 3), misled (the toy's, praises haste), a Hugging Face id or a folder", "paper, section 3.2")
+    rm_mode: Literal["generate", "expected", "reason"] | None = setting(None, "it writes a number, as in the paper, or "
+        "gives its mean over those it might write, or checks the claims first; none: as it was trained, else generate")
+    rm_prompt: str | None = setting(None, "file with a judge's prompt: text with {question}, {response}, {image}")
+    trust: Literal["paper", "released", "off"] = setting("paper", "Eq. 3, the official gating, or gamma = 1", PAPER)
+    anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", PAPER)
+    alpha: float = setting(0.3, "weight of the thinking reward, Eq. 4", PAPER)
+    kl_coef: float = setting(0.04, "beta of Eq. 7; 0 needs no reference", PAPER)
+    clip_eps: float = setting(0.2, "epsilon of Eq. 7", RELEASED)
+    group_size: int = setting(8, "responses a question, N: Eq. 6 compares them", PAPER)
+    questions_per_step: int = setting(16, "questions a step", RELEASED)
+    steps: int = setting(1500, "T of Eq. 5; --eval_only trains nothing", PAPER)
+    lr: float = setting(5e-7, "AdamW's learning rate", PAPER)
+    inner_epochs: int = setting(1, "updates on one rollout; with 1 the clip never acts", RELEASED)
+    temperature: float = setting(1.0, "of sampling, and of the update's log-probabilities", RELEASED)
+    max_new_tokens: int = setting(1024, "longest response", RELEASED)
+    min_new_tokens: int = setting(0, "shortest response, for benchmarks")
+    max_pixels: int = setting(1003520, "larger pictures are scaled down (28 x 28 pixels a token); released: 4194304")
+    max_prompt_tokens: int = setting(8192, "a longer prompt is an error, never cut", RELEASED)
+    micro_batch: int = setting(4, "responses a backward pass: memory, not results")
+    freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)")
+    offload_optimizer: bool | None = setting(None, "AdamW and its 12 bytes a weight on the host; none: on a single GPU")
+    seed: int = setting(0, "of everything random")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    attn: Literal["auto", "sdpa", "flash_attention_2", "eager"] = setting("auto", "auto: flash-attn if it can be used")
+    save_every: int = setting(100, "steps between checkpoints, also written at the end and on Ctrl-C")
+    save_rollouts: bool = setting(False, "write every response to rollouts.jsonl, for reward_model.py to learn from")
+    skip_bad: bool = setting(False, "leave bad rows out instead of stopping; they are listed in skipped.jsonl")
+    out: str = setting("runs/sophia", "folder for everything that the run leaves")
+    resume: str | None = setting(None, "continue the run in this folder with its settings; flags beside it win")
+    eval_only: bool = setting(False, "greedy accuracy per problem type, no training")
+
+
+TOY = dict(toy_pixels=56, reward_model="toy", questions_per_step=8, steps=70, lr=1e-4, max_new_tokens=80,
+           micro_batch=64, save_every=25, out="runs/toy")  # defaults with --model toy, where they differ
+TRAINED_HERE = ("toy", "base", "misled")  # judges that learn from the toy world's oracle
+KEPT = ("model", "reward_model", "freeze_vision", "eval_only")  # what a resumed run can't change
+LEAST = dict(toy_pixels=28, alpha=0, kl_coef=0, clip_eps=1e-6, group_size=2, questions_per_step=1, steps=1, lr=1e-12,
+             inner_epochs=1, temperature=1e-3, max_new_tokens=1, min_new_tokens=0, max_pixels=3136, micro_batch=1,
+             max_prompt_tokens=1, seed=0, save_every=1)
+
 
 # ---------------------------------------------------------------- section 3.3: the outcome reward R^o
-
 
 def extract_answer(response: str) -> str | None:
     """What stands in the one <answer> block after the last </think>; None if the response has any other form."""
@@ -95,11 +146,15 @@ def outcome_reward(response: str, solution: str, problem_type: str, options: lis
     return data.rouge(answer, truth)  # free-form, text
 
 
+def reward_of(example, text):
+    """R^o of a response to an Example."""
+    return outcome_reward(text, example.solution, example.problem_type, example.options)
+
+
 # ---------------------------------------------------------------- section 3.4: Trust-GRPO, Eq. 1-7
 
-
 def trust_weight(outcome, thinking):
-    """gamma in [1/e, 1]: how far the thinking rewards of this group [G] can be trusted, given its outcomes [G].
+    """gamma [] in [1/e, 1]: how far the thinking rewards R^t [G] of a group can be trusted, given its outcomes R^o [G].
     An empty side leaves nothing to compare: 1 (ours). NaN in `thinking` gives NaN."""
     correct = outcome >= 0.5  # [G]
     if correct.all() or not correct.any():
@@ -115,44 +170,37 @@ def annealing(step, total_steps):
 
 
 def released_gate(outcome, thinking):
-    """What the official code does instead of scoring everyone: 1 where R^t counts, else 0 [G]. Responses with
-    R^o < 0.2 get R^t = 0; groups all >= 0.9 or all <= 0.1 lose the term. So mu_w = 0 on 0/1 outcomes, and gamma is
-    always 1."""
+    """The official code's gating: 1 where R^t counts, else 0 [G]. Responses with R^o < 0.2 get R^t = 0, groups all
+    >= 0.9 or all <= 0.1 lose the term. So mu_w = 0 on 0/1 outcomes, and gamma is always 1."""
     if (outcome >= 0.9).all():
         return torch.zeros_like(thinking)
     return (outcome >= 0.2).to(thinking.dtype)  # all 0 where all are <= 0.1
 
 
-def gated_thinking(outcome, thinking, trust):
-    """R^t [G] as `trust` takes it: every score, or only the official code's."""
-    return thinking if trust != "released" else torch.where(released_gate(outcome, thinking) == 1, thinking, 0.0)
-
-
-def combined_reward(outcome, thinking, step, total_steps, alpha=0.3, trust="paper", anneal=True):
-    """R [G] of one group from R^o and R^t [G]. trust: paper (Eq. 3), released (the official gating) or off (gamma 1).
-    NaN in `thinking` means that the judge gave no usable score: the outcome alone is the reward."""
-    thinking = gated_thinking(outcome, thinking, trust)
+def trusted(outcome, thinking, trust="paper"):
+    """(R^t [G] as `trust` takes it, gamma []): paper (Eq. 3), released (the official gating) or off (gamma 1). NaN means
+    that the judge gave no usable score: where one that counts is missing, zeros and gamma 0, which drops the term."""
+    if trust == "released":
+        thinking = torch.where(released_gate(outcome, thinking) == 1, thinking, 0.0)
     if thinking.isnan().any():
-        return outcome.clone()
-    gamma = 1.0 if trust == "off" else trust_weight(outcome, thinking)
+        return torch.zeros_like(thinking), thinking.new_zeros(())
+    return thinking, thinking.new_ones(()) if trust == "off" else trust_weight(outcome, thinking)
+
+
+def combined_reward(outcome, thinking, step, total_steps, alpha=0.3, trust="paper", anneal=True, gamma=None):
+    """R [G] of one group from R^o and R^t [G]. `gamma`: given, `thinking` is `trusted` already; else that is done here."""
+    if gamma is None:
+        thinking, gamma = trusted(outcome, thinking, trust)
     share = annealing(step, total_steps) if anneal else 1.0
     return outcome + gamma * alpha * share * thinking  # Eq. 5; Eq. 4 without the share
 
 
 def group_advantages(rewards):
-    """A [G]: each reward against its group. Equal rewards give exact zeros, where rounding would be blown up by the
-    division: eight times 0.7 in fp32 has a "spread" of 6e-8."""
+    """A [G]: each reward against its group. Equal rewards give exact zeros: the division would blow rounding up, since
+    eight times 0.7 in fp32 has a "spread" of 6e-8."""
     if (rewards == rewards[0]).all():
         return torch.zeros_like(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + 1e-6)  # Eq. 6
-
-
-def advantages_with_thinking_apart(outcome, thinking, *how):
-    """Ours, not the paper's, `--normalize outcome`: A [G] of Eq. 6 from the outcome alone, plus the thinking term of
-    Eq. 5 about its mean. Not divided by the group's spread, gamma, alpha and annealing keep their size in every group,
-    where Eq. 6 cancels them in one that is all right. `how`: as in combined_reward."""
-    term = combined_reward(outcome, thinking, *how) - outcome  # [G]
-    return group_advantages(outcome) + term - term.mean()
 
 
 def kl_k3(logp, ref_logp):
@@ -165,39 +213,182 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip_eps=0.2, kl_coef=
     """-J of Eq. 7 for G responses of at most R tokens: logp, old_logp, ref_logp, mask [G, R], advantages [G]. The mean
     over a response's tokens, then the sum over responses / n_responses (default G): with the whole batch's number,
     the losses of micro-batches add up to the loss of the batch. Returns (loss, metrics that add up the same way)."""
-    mask = mask.to(logp.dtype)
-    keep = mask.bool()
-    log_ratio = torch.where(keep, logp - old_logp, 0.0)  # [G, R], padding may hold anything
-    ratio = log_ratio.exp()  # [G, R], r_i a token
-    gain = advantages[:, None].to(logp.dtype)  # [G, 1]
+    is_token = mask.bool()  # [G, R]; padding may hold anything
+    ratio = torch.where(is_token, logp - old_logp, 0.0).exp()  # [G, R], r_i a token
+    advantage = advantages[:, None].to(logp.dtype)  # [G, 1]
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # [G, R]
-    surrogate = torch.min(ratio * gain, clipped * gain)  # [G, R]
-    kl = kl_k3(torch.where(keep, logp, 0.0), torch.where(keep, ref_logp, 0.0))  # [G, R]
+    surrogate = torch.min(ratio * advantage, clipped * advantage)  # [G, R]
+    kl = kl_k3(torch.where(is_token, logp, 0.0), torch.where(is_token, ref_logp, 0.0))  # [G, R]
     per_token = surrogate - kl_coef * kl  # [G, R], Eq. 7 inside the mean
 
     def mean_over_responses(values):  # [G, R] -> []
-        per_response = (values * mask).sum(1) / mask.sum(1).clamp(min=1)  # [G]
+        per_response = (values * is_token).sum(1) / is_token.sum(1).clamp(min=1)  # [G]
         return per_response.sum() / (n_responses or len(logp))
 
-    acting = (ratio * gain > clipped * gain).to(logp.dtype)  # [G, R], where the clip holds the gradient back
-    metrics = {"kl": mean_over_responses(kl).item(), "clip_frac": mean_over_responses(acting).item()}
+    clipped_tokens = (ratio * advantage > clipped * advantage).to(logp.dtype)  # [G, R]: the clip stops their gradient
+    metrics = {"kl": mean_over_responses(kl).item(), "clip_frac": mean_over_responses(clipped_tokens).item()}
     return -mean_over_responses(per_token), metrics  # Eq. 7
 
 
-# ---------------------------------------------------------------- log-probabilities and responses
+# ---------------------------------------------------------------- one prompt, many continuations
+# To read on, it is enough to know that target_logits(model, prefix, rows, targets) are those of the plain computation,
+# each prompt and response in one sequence, though a group's prompt is computed once. The tests hold both together.
+
+FORWARD = inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
+CACHE = "cache" if "cache" in FORWARD else "past_key_values"  # the name before transformers 5.24
+
+
+def pad(rows, side, value=0):
+    """Lists of token ids as one tensor [N, L], padded left or right, and its mask (1 where a token is)."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
+    return pad_sequence(ids, batch_first=True, padding_side=side, padding_value=value), mask
+
+
+class PrefixCache:
+    """The keys and values of what a group's rows (responses to sample, to train on or to judge) begin with: picture and
+    text pass through the model once, and all rows go on from copies. Exact, since a prompt never sees what follows it.
+    Positions are always given: Qwen2.5-VL otherwise takes them from state left on the model by an earlier call, or
+    counts them in one dimension, in silence. `groups`: the data.Prompts of each question's rows, N in all. B prefixes
+    are padded on the left; owner [N] says which one a row has, tails [N] what is left of its prompt, at least a token.
+    """
+
+    def __init__(self, model, groups):
+        config, prefixes, owner, self.tails = model.config, [], [], []
+        for prompts in groups:
+            common = os.path.commonprefix([prompt.ids[:-1] for prompt in prompts])
+            alone = config.image_token_id in prompts[0].ids[len(common):]  # the picture is behind what differs
+            for n, prompt in enumerate(prompts):
+                if n == 0 or alone:
+                    prefixes.append(replace(prompt, ids=prompt.ids[:-1] if alone else common))
+                owner.append(len(prefixes) - 1)
+                self.tails.append(prompt.ids[len(prefixes[-1].ids):])
+        if is_sharded(model) and all(prefix.pixel_values is None for prefix in prefixes):
+            prefixes.append(data.blank_picture(config))  # ranks must pass through the vision tower equally often
+        ids, mask = pad([prefix.ids for prefix in prefixes], "left", config.text_config.pad_token_id or 0)
+        self.owner, self.ids, self.mask = torch.tensor(owner), ids.to(model.device), mask.to(model.device)  # [B, P]
+        pictures, vision = [prefix for prefix in prefixes if prefix.pixel_values is not None], {}
+        if pictures:
+            vision = dict(pixel_values=torch.cat([p.pixel_values for p in pictures]).to(model.device, model.dtype),
+                          image_grid_thw=torch.cat([p.grid for p in pictures]).to(model.device))
+        is_image = ((self.ids == config.image_token_id) & (self.mask == 1)).int()  # [B, P]
+        self.positions, delta = model.model.get_rope_index(  # [3, B, P], [B, 1]
+            self.ids, mm_token_type_ids=is_image, image_grid_thw=vision.get("image_grid_thw"), attention_mask=self.mask)
+        self.next_position = self.mask.sum(-1) + delta.squeeze(-1)  # [B]
+        output = model(input_ids=self.ids, attention_mask=self.mask, position_ids=self.positions, use_cache=True,
+                       logits_to_keep=1, **vision)
+        if getattr(output, CACHE) is None:
+            raise RuntimeError("the model dropped its cache: switch gradient checkpointing off, it works against it")
+        self.keys_values = [(layer.keys, layer.values) for layer in getattr(output, CACHE).layers]
+        self.end = [output.logits] if is_sharded(model) else []  # each of keys and values: [B, heads, P, dim]
+
+    def inputs(self, rows, ids, mask):
+        """The model's arguments for ids [n, T] that continue the prefixes of `rows` [n]."""
+        owner, ids, mask, cache = self.owner[rows], ids.to(self.ids), mask.to(self.mask), DynamicCache()
+        for layer, (keys, values) in enumerate(self.keys_values):
+            cache.update(keys[owner], values[owner], layer)
+        positions = self.next_position[owner, None] + (mask.cumsum(-1) - 1).clamp(min=0)  # [n, T], all text
+        return {"input_ids": ids, "attention_mask": torch.cat([self.mask[owner], mask], 1),
+                "position_ids": positions.expand(3, -1, -1), "use_cache": True, CACHE: cache}
+
+    def detached(self):
+        """Keys and values become leaves, where the backward passes of continuations add up; `backward` goes on."""
+        self.computed = [tensor for pair in self.keys_values for tensor in pair]
+        self.leaves = [tensor.detach().requires_grad_() for tensor in self.computed]
+        self.keys_values = list(zip(self.leaves[::2], self.leaves[1::2]))
+        return self
+
+    def backward(self):
+        """The second half of the backward pass: from the keys and values into the prompt. FSDP gathers a layer when
+        the backward pass reaches its output: there it starts, with zeros, from the model's end."""
+        torch.autograd.backward(self.computed + self.end, [
+            leaf.grad for leaf in self.leaves] + [torch.zeros_like(end) for end in self.end])
+
+
+def target_logits(model, prefix, rows, targets):
+    """logits [n, R, V] that predict targets[n]: each of `rows` [n] reads its prefix, its tail and its target so far."""
+    tail_ids, tail_mask = pad([prefix.tails[row] for row in rows], "left")
+    target_ids, target_mask = pad(targets, "right")
+    ids, mask = torch.cat([tail_ids, target_ids], 1)[:, :-1], torch.cat([tail_mask, target_mask], 1)[:, :-1]
+    return model(**prefix.inputs(rows, ids, mask), logits_to_keep=target_ids.shape[1]).logits
+
+
+# ---------------------------------------------------------------- rollout: responses and their log-probabilities
+
+@torch.no_grad()
+def generate(model, prefix, max_new_tokens, temperature=None, scores=False, **limits):
+    """New token ids [N, R] for all rows of `prefix`, sampled at `temperature` or greedily, and, with `scores`, the
+    logits [N, R, V] as filtered. Of the checkpoint's own generation settings nothing but its end ids counts."""
+    inputs = prefix.inputs(torch.arange(len(prefix.tails)), *pad(prefix.tails, "left"))
+    inputs["input_ids"] = torch.cat([prefix.ids[prefix.owner], inputs["input_ids"]], 1)  # it wants the whole sequence
+    inputs["position_ids"] = torch.cat([prefix.positions[:, prefix.owner], inputs["position_ids"]], 2)
+    if temperature:
+        limits |= dict(do_sample=True, temperature=temperature, top_k=0)
+    theirs, model.generation_config = model.generation_config, GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=end_ids(model), pad_token_id=end_ids(model)[0],
+        output_scores=scores, return_dict_in_generate=True, **limits)
+    try:
+        with kept_whole(model):
+            out = model.generate(**inputs)
+    finally:
+        model.generation_config = theirs
+    return out.sequences[:, inputs["input_ids"].shape[1]:], torch.stack(out.scores, 1) if scores else None
+
+
+def end_ids(model):
+    """Ids that end a response; the first one ends a turn of the chat template."""
+    eos = model.generation_config.eos_token_id
+    return eos if isinstance(eos, list) else [eos]
+
+
+def vision_ids(model):
+    """Ids that stand for pictures [4]: sampled, they would ask for a picture that isn't there."""
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return torch.tensor([getattr(model.config, name) for name in names], device=model.device)
+
+
+def response_mask(ids, eos_ids):
+    """1 up to the first end-of-sequence token and on it, 0 behind it [N, R]. Not from padding, which may be EOS, too."""
+    ended = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()  # [N, R]
+    return (ended.cumsum(1) - ended == 0).long()
+
+
+@dataclass
+class Rollout:
+    """What the policy wrote for a list of questions: N = questions x G responses, a question's side by side."""
+    examples: list
+    prompts: list  # one data.Prompt a question
+    ids: torch.Tensor  # [N, R]
+    mask: torch.Tensor  # [N, R]
+    texts: list  # N
+    truncated: int  # responses cut at max_new_tokens, without an end
+    scores: torch.Tensor = None  # if asked for: the logits [N, R, V] that generate drew from
+    prefix: PrefixCache = None  # if asked for: the prompts' computation, for one update to go on from
+
+
+def rollout(policy, processor, examples, group_size, config, greedy=False, scores=False, grad=False):
+    """G responses to each question, by one `generate` for all. `grad`: the prompts are computed with gradients, and
+    kept for the update."""
+    prompts = [processor.question(example) for example in examples]
+    with torch.set_grad_enabled(grad):
+        prefix = PrefixCache(policy, [[prompt] * group_size for prompt in prompts])
+    ids, scores = generate(policy, prefix, config.max_new_tokens, None if greedy else config.temperature, scores,
+                           min_new_tokens=config.min_new_tokens or None, suppress_tokens=vision_ids(policy).tolist())
+    mask, ends = response_mask(ids, end_ids(policy)), torch.tensor(end_ids(policy), device=ids.device)
+    texts = [processor.opening + processor.decode(row[is_token == 1], end_ids(policy))
+             for row, is_token in zip(ids, mask)]
+    truncated = int((~torch.isin(ids, ends).any(1)).sum())
+    return Rollout(examples, prompts, ids, mask, texts, truncated, scores, prefix if grad else None)
 
 
 def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
-    """Log-probabilities and entropies [N, R] of the tokens `ids` under the distribution they were sampled from: the
-    same temperature, the same ids ruled out everywhere (`forbidden`) or in the first `no_end` places (`eos_ids`). In
-    fp32, and some rows at a time, recomputed in the backward pass: one row of 1,024 tokens over 150k words is 0.6 GB.
-    """
+    """Log-probabilities and entropies [N, R] of the tokens `ids` under the distribution they were sampled from: the same
+    temperature, the same ids ruled out everywhere (`forbidden`) or in the first `no_end` places (`eos_ids`). In fp32,
+    some rows at a time, recomputed in the backward pass: a row of 1,024 tokens over 150k words is 0.6 GB."""
     def chunk(logits, ids):
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # [n, R, V]
         allowed = scaled.index_fill(-1, forbidden, -math.inf)
-        if no_end:
-            early = allowed[:, :no_end].index_fill(-1, torch.tensor(eos_ids, device=logits.device), -math.inf)
-            allowed = torch.cat([early, allowed[:, no_end:]], 1)
+        allowed[:, :no_end, list(eos_ids)] = -math.inf
         logp = scaled.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - allowed.logsumexp(-1)  # [n, R]
         with torch.no_grad():
             entropy = torch.special.entr(allowed.softmax(-1)).sum(-1)  # [n, R]
@@ -210,189 +401,363 @@ def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
     return torch.cat(logps), torch.cat(entropies)
 
 
-def response_mask(ids, eos_ids):
-    """1 up to the first end-of-sequence token, which is part of the response, 0 behind it [N, R]. Taken from the first
-    EOS, not from padding: pad and EOS may be the same id."""
-    ended = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()  # [N, R]
-    return (ended.cumsum(1) - ended == 0).long()
+def response_logps(model, prefix, batch, rows, first, config):
+    """token_logps of the responses `rows` [n] of a Rollout, cut to the longest of them; `prefix` has its prompts from
+    row `first` on."""
+    width = int(batch.mask[rows].sum(1).max())
+    ids = batch.ids[rows, :width]  # [n, R]
+    logits = target_logits(model, prefix, rows - first, ids.tolist())  # [n, R, V]
+    return token_logps(logits, ids, config.temperature, vision_ids(model), config.min_new_tokens, end_ids(model))
 
 
-@dataclass
-class Rollout:
-    """What the policy wrote for a list of questions: N = questions x G responses, a question's side by side."""
-    examples: list
-    prompts: list  # one data.Prompt a question
-    owner: torch.Tensor  # [N], whose response a row is
-    ids: torch.Tensor  # [N, R]
-    mask: torch.Tensor  # [N, R]
-    texts: list  # N
-    truncated: int  # responses cut at max_new_tokens, without an end
-    seen: list = ()  # if asked for: the logits [N, R, V] of generate, and what its filters made of them
-    shared: SharedPrompt = None  # if asked for: the prompts' computation, for one update to go on from
-
-    def logps(self, model, shared, rows, first, config):
-        """token_logps of `rows` [n], cut to the longest of them; `shared` holds the prompts from `first` on."""
-        width = int(self.mask[rows].sum(1).max())
-        owner, ids = self.owner[rows], self.ids[rows, :width]
-        tails = [self.prompts[question].tail for question in owner]
-        logits = reward_model.target_logits(model, shared, owner - first, tails, ids.tolist())
-        return token_logps(logits, ids, config.temperature, vision_ids(model), config.min_new_tokens, end_ids(model))
+def responses(policy, processor, examples, each, at_once, config, desc, greedy=False):
+    """(Example, text) of `each` responses to every example, for `at_once` examples at a time."""
+    for first in progress(range(0, len(examples), at_once), desc=desc):
+        part = examples[first:first + at_once]
+        texts = rollout(policy, processor, part, each, config, greedy).texts
+        yield from zip((example for example in part for _ in range(each)), texts)
 
 
-def vision_ids(model):
-    """Ids that stand for pictures [4]: sampled, they would ask for a picture that isn't there."""
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    return torch.tensor([getattr(model.config, name) for name in names], device=model.device)
+# ---------------------------------------------------------------- section 3.2: the thinking reward R^t
+
+CRITERIA = {  # the five of the paper's Table 4, in our words
+    "logical soundness": "each step follows from the steps before",
+    "correct reasoning": "facts and methods are right, as the picture shows them",
+    "error identification": "no flaw, no guess, no unsupported assumption",
+    "language consistency": "one language throughout",
+    "redundancy": "concise, nothing said twice",
+}
+JUDGE_PROMPT = "Rate how well the answers below are thought through. " + " ".join(
+    f"{name}: {meaning}." for name, meaning in CRITERIA.items())
+JUST_THE_SCORE, DELIMITER, ASK = " Write one number from 0 to 1, in steps of 0.1, and nothing else.", "score:", "Rate it."
+JUDGE_FORM = {"generate": JUST_THE_SCORE, "expected": JUST_THE_SCORE, "reason": (
+    f' First check each claim in the thinking, in a few words. Then write "{DELIMITER}" and one number from 0 to 1, in '
+    "steps of 0.1.")}
+TAGGED = " Write the score alone, as <answer>score</answer>."
+# How the released reward model is asked, in our words: text first, the response inside it, the picture last.
+RELEASED = JUDGE_PROMPT.replace("answers below are", "response below is") + """ Judge how it thinks, not whether its final \
+answer is right, and be strict: 1.0 is for thinking without a flaw, 0.0 for thinking that is worth nothing.
+
+Question: {question}
+
+Response: {response}
+
+""" + ASK
+LONGEST_VERDICT = {"generate": 24, "reason": 128}  # tokens; <answer>0.7</answer> has 9
+ROWS_AT_ONCE = 64  # responses that are judged together
+SPELLINGS = {**{f"{n / 10:.1f}": n / 10 for n in range(11)}, "0": 0.0, "1": 1.0}  # what `expected` takes the mean of
 
 
-def rollout(policy, processor, examples, group_size, config, greedy=False, scores=False, keep=False):
-    """G responses to each question: one left-padded `generate` for all, each prompt computed once. `keep`: with
-    gradients, and kept in the Rollout, so that the update needn't compute the prompts again."""
-    eos = end_ids(policy)
-    prompts = [processor.question(example) for example in examples]
-    owner = torch.arange(len(prompts)).repeat_interleave(group_size)  # [N]
-    with torch.set_grad_enabled(keep):
-        shared = SharedPrompt(policy, prompts)
-    new = reward_model.generate(
-        policy, shared, owner, [prompts[question].tail for question in owner], config.max_new_tokens,
-        None if greedy else config.temperature, scores, min_new_tokens=config.min_new_tokens or None,
-        suppress_tokens=vision_ids(policy).tolist())
-    ids, *seen = new if scores else [new]
-    mask = response_mask(ids, eos)
-    texts = [processor.decode(row[kept == 1]) for row, kept in zip(ids, mask)]
-    truncated = int((~torch.isin(ids, torch.tensor(eos, device=ids.device)).any(1)).sum())
-    return Rollout(examples, prompts, owner, ids, mask, texts, truncated, seen, shared if keep else None)
+def parse_score(text):
+    """The judge's score: the whole text must be one plain number in [0, 1], bare or in one pair of answer tags, else None
+    ("no score", which is not 0)."""
+    number = re.fullmatch(r"\s*(<answer>)?\s*([01](\.[0-9]{1,6})?|\.[0-9]{1,6})\s*(?(1)</answer>)\s*", text, re.ASCII)
+    return float(number[2]) if number and float(number[2]) <= 1 else None
 
 
-def responses(policy, processor, examples, each, size, config, desc, greedy=False):
-    """(Example, text) of `each` responses to every example, for `size` examples at a time."""
-    for first in progress(range(0, len(examples), size), desc=desc):
-        batch = rollout(policy, processor, examples[first:first + size], each, config, greedy)
-        yield from zip((batch.examples[question] for question in batch.owner), batch.texts)
+class ThinkingRewardModel:
+    """A frozen Qwen2.5-VL that reads picture, question and response and gives one number in [0, 1], R^t. By `mode`, it
+    writes that number (generate, the paper's way), or gives its mean over the eleven scores under its own
+    probabilities, to 0.1 (expected), or checks the claims in writing before (reason: that theirs can't is the limit
+    that the authors name). A folder that `reward_model.train` made remembers its mode, and is asked in our layout,
+    picture first; any other in that of the released one, or in `template`, a file."""
+
+    def __init__(self, model, processor, mode=None, template=None):
+        self.model, self.processor, made = model.eval().requires_grad_(False), processor, getattr(
+            model.config, "rm_mode", None)
+        self.mode = mode or made or "generate"
+        self.template = None if made else RELEASED + JUDGE_FORM[self.mode].replace(JUST_THE_SCORE, TAGGED) + "{image}"
+        if template:
+            self.template = Path(template).read_text()
+            if any(self.template.count(name) != 1 for name in ("{question}", "{response}", "{image}")):
+                raise SystemExit(f"{template}: must hold {{question}}, {{response}} and {{image}}, each once")
+        forms = ("{}", "<answer>{}</answer>") if self.template else ("{}",)
+        self.spellings = {form.format(text): score for form in forms for text, score in SPELLINGS.items()}
+
+    def prompt(self, example, response):
+        """The data.Prompt in which it reads one response: in a turn of its own, whose ends are special tokens that no
+        text can spell, or (template) in the user's, whatever it says is text."""
+        question = data.question_text(example)
+        if self.template:
+            known = {"{question}": question, "{response}": response, "{image}": data.PICTURE}
+            parts = re.split(r"(\{(?:question|response|image)\})", self.template)
+            return self.processor.chat([("system", "You are a helpful assistant."),
+                                        ("user", *(known.get(part, part) for part in parts))], example.image)
+        return self.processor.chat([("system", JUDGE_PROMPT + JUDGE_FORM[self.mode]), ("user", data.PICTURE, question),
+                                    ("assistant", response), ("user", ASK)], example.image)
+
+    @torch.no_grad()
+    def score(self, examples, groups):
+        """R^t [Q, G] of the responses groups[q][i] to examples[q]; NaN where the judge wrote no usable score."""
+        prompts = [[self.prompt(example, text) for text in texts] for example, texts in zip(examples, groups)]
+        if self.mode == "expected":  # to 0.1: Eq. 6 would blow noise of 0.001 up in a group that is all right
+            scores = [round(self.expected(prompt), 1) for group in prompts for prompt in group]
+        else:
+            at_once = max(1, ROWS_AT_ONCE // len(groups[0]))  # questions
+            scores = [score for first in range(0, len(prompts), at_once)
+                      for score in self.written(prompts[first:first + at_once])]
+        return torch.tensor(scores).view(len(examples), -1)
+
+    def written(self, prompts):
+        """The score that the judge writes for each of the Prompts [Q][G], in one list; NaN for none."""
+        new, _ = generate(self.model, PrefixCache(self.model, prompts), LONGEST_VERDICT[self.mode])
+        ends = end_ids(self.model)
+        texts = [self.processor.decode(row, ends) if set(row.tolist()) & set(ends) else "" for row in new]  # cut: none
+        if self.mode == "reason":
+            texts = [score if found else "" for _, found, score in (t.lower().rpartition(DELIMITER) for t in texts)]
+        return [math.nan if score is None else score for score in map(parse_score, texts)]
+
+    def expected(self, prompt):
+        """The mean of the scores that it might write there, by their probabilities to the end of the turn."""
+        written = [self.processor.encode(text) + end_ids(self.model)[:1] for text in self.spellings]
+        labels, mask = pad(written, "right")  # [13 or 26, T]; with the end, since "0" begins "0.1"
+        prefix = PrefixCache(self.model, [[prompt] * len(written)])
+        logits = target_logits(self.model, prefix, torch.arange(len(written)), written)  # [13 or 26, T, V]
+        logp = logits.double().log_softmax(-1).cpu().gather(-1, labels.unsqueeze(-1)).squeeze(-1) * mask
+        scores = torch.tensor(list(self.spellings.values()), dtype=torch.float64)
+        return (scores * logp.sum(-1).softmax(0)).sum().item()
 
 
-# ---------------------------------------------------------------- the update
+# ---------------------------------------------------------------- the update, Eq. 7
 
-
-def at_once(config):
+def questions_at_once(config):
     """Questions whose activations the update holds at a time."""
     return max(1, config.micro_batch // config.group_size)
 
 
 def update(policy, reference, optimizer, batch, advantages, config):
-    """The GRPO update on one rollout; advantages [N]. Returns the step's metrics.
-
-    Each prompt is computed once with gradients; its responses go through in micro-batches that leave their gradients
-    at its keys and values; then one backward pass carries the sum through the prompt. Old log-probabilities are those
-    of the first inner epoch, before it moves anything."""
-    n, mask, old = len(batch.ids), batch.mask, {}
+    """The GRPO update on one rollout; advantages [N]. Returns the step's metrics. Each prompt is computed once; its
+    responses, in micro-batches, leave their gradients at its keys and values, and one backward pass carries the sum
+    through the prompt. Old log-probabilities are those of the first inner epoch, before it moves anything."""
+    n, old_logps, advantages = len(batch.ids), {}, advantages.to(policy.device)
     group = n // len(batch.prompts)
-    together = len(batch.prompts) if batch.shared else at_once(config)
-    advantages = advantages.to(policy.device)
+    together = n if batch.prefix else questions_at_once(config) * group  # rows
     metrics = dict(loss=0.0, kl=0.0, clip_frac=0.0, entropy=0.0, grad_norm=0.0)
     for _ in range(config.inner_epochs):
-        for first in range(0, len(batch.prompts), together):
-            prompts = batch.prompts[first:first + together]
-            rows = torch.arange(first * group, (first + len(prompts)) * group)
-            if config.kl_coef == 0 and not advantages[rows].any() and not is_sharded(policy):
-                continue  # exact: without the KL term nothing pulls at such groups (but ranks must keep in step)
-            shared = (batch.shared or SharedPrompt(policy, prompts)).cut()
-            ref_shared = SharedPrompt(reference, prompts) if config.kl_coef else None  # frozen: it keeps no graph
-            if len(rows) > config.micro_batch:  # long ones together: less padding
-                rows = rows[mask[rows].sum(1).argsort().cpu()]
+        for first in range(0, n, together):
+            rows = torch.arange(first, min(first + together, n))
+            prompts = [[batch.prompts[row // group]] * group for row in rows[::group].tolist()]
+            prefix = (batch.prefix or PrefixCache(policy, prompts)).detached()
+            ref_prefix = PrefixCache(reference, prompts) if config.kl_coef else None  # frozen: it keeps no graph
             for part in rows.split(config.micro_batch):
-                logp, entropy = batch.logps(policy, shared, part, first, config)  # [n, R]
+                logp, entropy = response_logps(policy, prefix, batch, part, first, config)  # [n, R]
                 ref_logp = logp.detach()
                 if config.kl_coef:
-                    ref_logp, _ = batch.logps(reference, ref_shared, part, first, config)
-                keep = mask[part, :logp.shape[1]].to(logp.device)
-                loss, parts = grpo_loss(logp, old.setdefault(int(part[0]), logp.detach()), ref_logp, advantages[part],
-                                        keep, config.clip_eps, config.kl_coef, n_responses=n)
+                    ref_logp, _ = response_logps(reference, ref_prefix, batch, part, first, config)
+                old_logp = old_logps.setdefault(int(part[0]), logp.detach())
+                mask = batch.mask[part, :logp.shape[1]].to(logp.device)
+                loss, sums = grpo_loss(logp, old_logp, ref_logp, advantages[part], mask, config.clip_eps,
+                                       config.kl_coef, n_responses=n)
                 loss.backward()
-                parts["entropy"] = ((entropy * keep).sum(1) / keep.sum(1)).sum().item() / n
-                for name, value in {"loss": loss.item(), **parts}.items():
+                sums |= {"loss": loss.item(), "entropy": ((entropy * mask).sum(1) / mask.sum(1)).sum().item() / n}
+                for name, value in sums.items():
                     metrics[name] += value / config.inner_epochs
-            shared.backward()
+            prefix.backward()
         if not math.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"the loss is {metrics['loss']}; no weight was moved")
+            raise FloatingPointError(f"the loss is {metrics['loss']}")
         metrics["grad_norm"] += optimizer.step() / config.inner_epochs
     return metrics
 
 
-# ---------------------------------------------------------------- precision, parking, sharding: what fits where
+# ---------------------------------------------------------------- one step, as in Fig. 3 of the paper
+
+def train_step(step, policy, reference, judge, optimizer, processor, examples, config):
+    """Rollout, rewards, trust, advantages, update, on this process's questions [Q]. Returns the line for log.jsonl and
+    the groups of all processes, for the report."""
+    times = [time.time()]
+    once = config.inner_epochs == 1 and len(examples) <= questions_at_once(config)  # else activations would pile up
+    batch = rollout(policy, processor, examples, config.group_size, config, grad=once)
+    groups = [batch.texts[i:i + config.group_size] for i in range(0, len(batch.texts), config.group_size)]
+    times.append(time.time())
+    outcome = torch.tensor([[reward_of(example, text) for text in texts] for example, texts in zip(examples, groups)],
+                           dtype=torch.float64)  # R^o [Q, G], section 3.3
+    thinking = judge.score(examples, groups).double() if judge else torch.full_like(outcome, math.nan)  # R^t, 3.2
+    times.append(time.time())
+    trust = [trusted(*group, config.trust) for group in zip(outcome, thinking)]  # gamma, Eq. 1-3
+    rewards = torch.stack([
+        combined_reward(right, sound, step, config.steps, config.alpha, anneal=config.anneal, gamma=gamma)
+        for right, (sound, gamma) in zip(outcome, trust)])  # R [Q, G], Eq. 5
+    if not rewards.isfinite().all():
+        raise FloatingPointError("a reward is not finite")
+    advantages = torch.stack([group_advantages(group) for group in rewards])  # A [Q, G], Eq. 6
+    metrics = update(policy, reference, optimizer, batch, advantages.flatten(), config)  # Eq. 7
+    times.append(time.time())
+    metrics |= {"truncated": batch.truncated, "prompt_tokens": mean(len(prompt.ids) for prompt in batch.prompts),
+                "format_rate": mean(extract_answer(text) is not None for text in batch.texts)}
+    rows = data.group_rows(step, examples, groups, [gamma.item() for _, gamma in trust], batch.mask.sum(1),
+                           outcome=outcome, thinking=thinking, reward=rewards, advantage=advantages)
+    anneal = annealing(step, config.steps) if config.anneal else 1.0
+    return data.log_line(step, all_gather((rows, metrics)), anneal, judge is not None, times)
 
 
-def memory(config, policy_config, judge_config=None):
-    """Bytes by part that a run with these model configs will hold, [(part, bytes, where)], before any weight is loaded:
-    the parameters are counted on the real classes, built without memory. What one update's activations add grows with
-    --micro_batch and --max_pixels, and isn't in here."""
-    device, dtype, _ = place(config.device, config.attn)
+# ---------------------------------------------------------------- self-test and evaluation
 
-    def count(model_config, trained_only=False):
-        with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(copy.deepcopy(model_config))
-        model.model.visual.requires_grad_(not config.freeze_vision)
-        model.tie_weights()
-        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trained_only)
-
-    n, trained, text = count(policy_config), count(policy_config, True), policy_config.text_config
-    sharded, size = WORLD > 1, dtype.itemsize
-    apart, split = parked(config) or dtype == torch.bfloat16 and not sharded, f", in {WORLD} parts" * sharded
-    share, home = device + split, ("host" if parked(config) else device) + split
-    tokens = config.questions_per_step // WORLD * config.group_size * (
-        config.max_pixels // 28 ** 2 + config.max_new_tokens)
-    head = text.hidden_size // text.num_attention_heads
-    parts = [("policy, to compute with", n * size * (apart and not sharded), device),
-             ("policy, fp32 masters", trained * 4 * apart, home),
-             ("policy, fp32, to compute with" + " and to train" * (not apart), n * 4 * (sharded or not apart), share),
-             ("gradients, fp32", trained * 4, share), ("AdamW's moments, fp32", trained * 8, home),
-             ("reference", n * size * (config.kl_coef > 0), share),
-             ("reward model", count(judge_config) * size if judge_config else 0, device),
-             (f"keys and values of a rollout, {tokens:,} tokens of pictures and responses",
-              tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head * size, device)]
-    return [part for part in parts if part[1]]
+BF16_TOLERANCE = 0.05  # nats, mean; the toy in bf16 on a CPU has 0.009; wrong positions, cache or mask give 0.1 to 4
 
 
-def print_memory(config):
-    """memory() of this run, as a table."""
-    model, judge = reward_model.load_config(config.model), None
-    if config.reward_model != "none":
-        judge = model if config.reward_model in TRAINED_HERE else reward_model.load_config(config.reward_model)
-    for part, size, where in memory(config, model, judge):
-        amount = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-        print(f"{'memory':<14}{amount:>8}  {part} ({where})")
+def self_test(policy, processor, examples, config):
+    """Stop before training if sampling and training disagree on the log-probabilities of sampled tokens: wrong
+    positions, a dropped cache, a filter that one side doesn't know, stale state on the model, all show here. Returns
+    the difference in nats: the largest in fp32, the mean in bf16, where single tokens differ by rounding."""
+    short = replace(config, max_new_tokens=min(config.max_new_tokens, 64),  # [N, R, V] in fp32 is large
+                    min_new_tokens=min(config.min_new_tokens, 64))
+    batch = rollout(policy, processor, examples, 2, short, scores=True)
+    with torch.no_grad():
+        prefix = PrefixCache(policy, [[prompt] * 2 for prompt in batch.prompts])
+        logp, _ = response_logps(policy, prefix, batch, torch.arange(len(batch.ids)), 0, short)  # [N, R]
+    sampled = batch.scores.float().log_softmax(-1).gather(-1, batch.ids.unsqueeze(-1)).squeeze(-1)  # [N, R or more]
+    gaps = (logp - sampled[:, :logp.shape[1]]).abs()[batch.mask[:, :logp.shape[1]] == 1]
+    exact = prefix.keys_values[0][0].dtype != torch.bfloat16
+    gap, tolerance = (gaps.max().item(), 1e-4) if exact else (gaps.mean().item(), BF16_TOLERANCE)
+    if not gap <= tolerance:
+        raise SystemExit(f"self-test failed: sampling and training disagree by {gap:.2g} nats a token (tolerance "
+                         f"{tolerance:.2g}), so training would follow wrong ratios. Check the versions of torch and "
+                         "transformers, --attn sdpa, and that nothing changed the model's forward.")
+    return gap
 
 
-def parked(config):
-    """Whether AdamW and its masters live in host memory."""
-    return config.park if config.park is not None else place(config.device)[0].startswith("cuda") and WORLD == 1
+def evaluate(policy, processor, examples, config, desc, step=None):
+    """Greedy answers: {accuracy, format_rate, n, by_type}, and `soundness`, the share of right answers whose thinking
+    is sound, where the examples know it. Right means R^o >= 0.5, as in Eq. 1. `right` holds one 0/1 a question."""
+    n, at_once = len(examples), max(1, config.questions_per_step * config.group_size // (2 * WORLD))
+    own = [examples[i % n] for i in range(RANK, math.ceil(n / WORLD) * WORLD, WORLD)]  # as many a rank: some twice
+    texts = all_gather([text for _, text in responses(policy, processor, own, 1, at_once, config, desc, greedy=True)])
+    answered = list(zip(examples, (text for part in zip(*texts) for text in part)))  # rank r has r, r + WORLD, ..
+    right = [int(reward_of(example, text) >= 0.5) for example, text in answered]
+    by_type = {kind: [hit for example, hit in zip(examples, right) if example.problem_type == kind]
+               for kind in sorted({example.problem_type for example in examples})}
+    result = {"accuracy": mean(right), "format_rate": mean(extract_answer(text) is not None for _, text in answered),
+              "n": n, "by_type": {kind: {"accuracy": mean(hits), "n": len(hits)} for kind, hits in by_type.items()}}
+    if examples[0].soundness:
+        sound = [example.soundness(text) >= data.SOUND for (example, text), hit in zip(answered, right) if hit]
+        result["soundness"] = mean(sound) if sound else None
+    if config.save_rollouts and step is not None:
+        data.write_rollouts(config.out, [data.about(example, step) | {"held_out": True, "response": text, "outcome": hit}
+                                         for (example, text), hit in zip(answered, right)])
+    return result | {"right": right}
 
 
-def join_ranks(config):
-    """Under torchrun: meet the other processes, each with a GPU of its own."""
-    if WORLD > 1:
-        on_gpu = place(config.device)[0].startswith("cuda")
-        if on_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # gloo, too: parked weights are in host memory; hours, since rank 0 may write 100 GB while the others wait
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+# ---------------------------------------------------------------- skip at first reading: precision, sharding, checkpoints
+
+def device_and_dtype(config):
+    """(device, dtype, attention) to compute with: bf16 and, where it can be used, flash-attn on CUDA."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = device.startswith("cuda")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN for some masks: pytorch issue 196678
+    best = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
+    return device, torch.bfloat16 if on_gpu else torch.float32, best if config.attn == "auto" else config.attn
 
 
-def shard(model, dtype):
-    """Spread a model over the ranks (FSDP2): each keeps a part of parameters, gradients and AdamW's moments, and the
-    parts of a layer meet where it computes, in `dtype`. The root has the tied embeddings; the vision tower is a unit of
-    its own, since `generate` calls it by itself. What enters a layer stays as it is: rotary angles are fp32."""
-    for weight in model.parameters():  # a toy that each rank trained for itself may differ in the last bits
-        distributed.broadcast(weight.data, 0)
-    how = {"mesh": init_device_mesh(model.device.type, (WORLD,)), "mp_policy": MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)}
-    visual = model.model.visual
-    for part in (*visual.blocks, visual, *model.model.language_model.layers, model):
-        fully_shard(part, **how)
-    return model
+FAMILIES = ("qwen2_5_vl",)  # model types
 
 
-def of_all_ranks(value):
+def load(name, config):
+    """(model, Processor) of a Hugging Face id or folder, checked: right, or the run ends in one line."""
+    name, (device, dtype, attention) = str(name), device_and_dtype(config)
+    if re.fullmatch(r"Qwen/Qwen2\.5-VL-\d+B", name):
+        print(f"{name} is published as {name}-Instruct: loading that")
+        name += "-Instruct"
+    try:
+        data.check_folder(name)
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in FAMILIES:
+            raise ValueError(f"it is a {kind}, and this code trains {', '.join(FAMILIES)}.")
+        processor = data.Processor.from_pretrained(name, config.max_pixels)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+        for fault in ("missing", "mismatched", "unexpected"):
+            if keys := sorted(map(str, report[f"{fault}_keys"])):
+                raise ValueError(f"{len(keys)} weights are {fault} in its safetensors, first {', '.join(keys[:3])}.")
+        if len(processor.tokenizer) > len(model.get_input_embeddings().weight):
+            raise ValueError("its tokenizer has more tokens than its model has embeddings.")
+    except data.MODEL_ERRORS as error:
+        network = "" if Path(name).exists() else " Is there such an id, and a network or a cached copy?"
+        raise SystemExit(f"{name} can't be used: {' '.join(str(error).split())[:400]}{network}") from error
+    eos = model.generation_config.eos_token_id
+    ends = [processor.turn_end, *(eos if isinstance(eos, list) else [eos] * (eos is not None))]
+    model.generation_config.eos_token_id = list(dict.fromkeys(ends))
+    return model.to(device).eval(), processor
+
+
+class MasterAdamW:
+    """AdamW on fp32 master weights, for a bf16 model that computes: at lr 5e-7 its own weights would swallow the steps,
+    since bf16 keeps three digits. Gradients add up in fp32, too. `offload`: masters and moments, 12 bytes a weight,
+    stay in host memory, and AdamW runs there."""
+
+    def __init__(self, model, lr, betas=(0.9, 0.999), offload=False):
+        reshard(model)
+        self.names, self.weights = zip(*[(name, w) for name, w in model.named_parameters() if w.requires_grad])
+        self.masters = self.weights
+        if offload or model.dtype == torch.bfloat16:
+            self.masters = [torch.nn.Parameter(weight.detach().to("cpu" if offload else weight.device, torch.float32,
+                                                                  copy=True)) for weight in self.weights]
+            for weight in self.weights:
+                weight.grad_dtype = torch.float32
+        self.adamw = torch.optim.AdamW(self.masters, lr=lr, betas=betas, weight_decay=0.01,  # released config
+                                       fused=offload or None)
+
+    @torch.no_grad()
+    def step(self, max_norm=4.0):  # released config
+        """Clip, move the masters, copy them into the model. Returns the gradient's norm; raises before anything moves
+        if it isn't finite."""
+        apart = [pair for pair in zip(self.weights, self.masters) if pair[0] is not pair[1]]
+        for weight, master in apart:
+            master.grad, weight.grad = None if weight.grad is None else weight.grad.to(master.device), None
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters, max_norm))
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm.item()}")
+        self.adamw.step()
+        self.adamw.zero_grad()
+        for weight, master in apart:
+            weight.copy_(master)
+        return norm.item()
+
+    def state(self):
+        """What a resumed run needs, in fp32 and in one piece: the same from one process and from several."""
+        state = {"weights": dict(zip(self.names, map(torch.Tensor.detach, self.masters))),
+                 "adamw": self.adamw.state_dict()}
+        return tree_map(lambda value: on_rank_0(value) if isinstance(value, torch.Tensor) else value, state)
+
+    @torch.no_grad()
+    def restore(self, model, saved):
+        """Put a saved state back, however many processes it came from."""
+        def parts(tensor, like):
+            if not isinstance(like, DTensor) or tensor.shape != like.shape:
+                return tensor
+            return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+        reshard(model)
+        for name, weight, master in zip(self.names, self.weights, self.masters):
+            master.copy_(parts(saved["weights"][name], master))
+            weight.copy_(master)
+        moments = {i: {key: parts(value, self.masters[i]) for key, value in state.items()}
+                   for i, state in saved["adamw"]["state"].items()}
+        self.adamw.load_state_dict(saved["adamw"] | {"state": moments})
+
+
+def is_sharded(model):
+    """Whether the model is spread over ranks, which must then pass through it equally often."""
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model):
+    """After a forward pass FSDP leaves the root's weights in one piece: back into the parts that a rank owns."""
+    if is_sharded(model):
+        model.reshard()
+
+
+def whole(tensor):
+    """A tensor that may be spread over the ranks, in one piece; all ranks must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_rank_0(tensor):
+    """The same in host memory, for rank 0 alone, so that no card holds more than one in one piece; else None."""
+    tensor = whole(tensor)
+    return tensor.cpu() if RANK == 0 else None
+
+
+def all_gather(value):
     """The values that the ranks call this with, in their order."""
     values = [value] * WORLD
     if WORLD > 1:
@@ -400,389 +765,41 @@ def of_all_ranks(value):
     return values
 
 
-# ---------------------------------------------------------------- self-test and evaluation
+def join_ranks(config):
+    """Under torchrun: meet the other processes, each with a GPU of its own."""
+    on_gpu = device_and_dtype(config)[0].startswith("cuda")
+    if WORLD > 1 and on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if WORLD > 1:  # gloo, too: for tensors in host memory; hours, since rank 0 may write 100 GB while the others wait
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
 
 
-def self_test(policy, processor, examples, config):
-    """Stop before training if sampling and training disagree: the log-probabilities of sampled tokens as `generate`
-    saw them against those that the update computes. Wrong positions, a dropped cache, a sampling filter that only one
-    side knows and a stale state on the model all show here. Returns the difference in nats: the largest in fp32, the
-    mean in bf16, where single tokens differ by rounding."""
-    config = replace(config, max_new_tokens=min(config.max_new_tokens, 64),  # [N, R, V] in fp32 is large
-                     min_new_tokens=min(config.min_new_tokens, 64))
-    batch = rollout(policy, processor, examples, 2, config, scores=True)
-    logits, scores = batch.seen  # [N, R, V]
-    seen = scores.float().log_softmax(-1).gather(-1, batch.ids.unsqueeze(-1)).squeeze(-1)  # [N, R]
-    with torch.no_grad():
-        shared = SharedPrompt(policy, batch.prompts)
-        logp, _ = batch.logps(policy, shared, torch.arange(len(batch.ids)), 0, config)
-        filtered, _ = token_logps(logits, batch.ids, config.temperature, vision_ids(policy), config.min_new_tokens,
-                                  end_ids(policy))
-    width = logp.shape[1]
-    gaps = (logp - seen[:, :width]).abs()[batch.mask[:, :width] == 1]
-    exact = shared.keys_values[0][0].dtype != torch.bfloat16
-    checks = {"computes": (gaps.max().item(), 1e-4) if exact else (gaps.mean().item(), BF16_TOLERANCE),
-              "filters": ((filtered - seen).abs()[batch.mask == 1].max().item(), 1e-4)}  # on the same logits
-    for name, (gap, tolerance) in checks.items():
-        if not gap <= tolerance:
-            raise SystemExit(f"self-test failed: the update {name} sampled tokens {gap:.2g} nats away from generate "
-                             f"(tolerance {tolerance:.2g}). Training would follow wrong ratios. Check the versions of "
-                             "torch and transformers, --attn sdpa, and that nothing changed the model's forward.")
-    return checks["computes"][0]
+def shard(model, dtype):
+    """Spread a model over the ranks (FSDP2), to compute in `dtype`. The root has the tied embeddings; the vision tower is
+    a unit, since `generate` calls it by itself. What enters a layer stays as it is: rotary angles are fp32."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh, visual = init_device_mesh(model.device.type, (WORLD,)), model.model.visual
+    for unit in (*visual.blocks, visual, *model.model.language_model.layers, model):
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
+    return model
 
 
-# nats, mean; the toy in bf16 on a CPU has 0.009 at most, larger models may have more (not measured); wrong positions,
-# cache or mask give 0.1 to 4
-BF16_TOLERANCE = 0.05
+@contextmanager
+def kept_whole(model):
+    """While decoding, ranks keep what the first token has gathered, and no rank waits for another's longer responses."""
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule) and unit is not model]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
 
 
-def evaluate(policy, processor, examples, config, desc):
-    """Greedy answers: {accuracy, format_rate, n, by_type}, and `soundness`, the share of right answers whose thinking
-    is sound, where the examples know it. Right means R^o >= 0.5, as in Eq. 1. `right` holds one 0/1 a question."""
-    n, size = len(examples), max(1, config.questions_per_step * config.group_size // (2 * WORLD))
-    own = [examples[i % n] for i in range(RANK, math.ceil(n / WORLD) * WORLD, WORLD)]  # as many a rank: some twice
-    parts = of_all_ranks([text for _, text in responses(policy, processor, own, 1, size, config, desc, greedy=True)])
-    answered = list(zip(examples, (text for texts in zip(*parts) for text in texts)))  # rank r has r, r + WORLD, ..
-
-    right = [int(reward_of(example, text) >= 0.5) for example, text in answered]
-    sound = [example.soundness(text) >= data.SOUND for (example, text), hit in zip(answered, right)
-             if hit and example.soundness]
-    kinds = {}
-    for example, hit in zip(examples, right):
-        kinds.setdefault(example.problem_type, []).append(hit)
-    formatted = mean(extract_answer(text) is not None for _, text in answered)
-    result = {"accuracy": mean(right), "format_rate": formatted, "n": n,
-              "by_type": {kind: {"accuracy": mean(hits), "n": len(hits)} for kind, hits in sorted(kinds.items())}}
-    if examples[0].soundness:
-        result["soundness"] = mean(sound) if sound else None
-    return {**result, "right": right}
-
-
-def reward_of(example, text):
-    """R^o of a response to an Example."""
-    return outcome_reward(text, example.solution, example.problem_type, example.options)
-
-
-# ---------------------------------------------------------------- one step, as in Fig. 3 of the paper
-
-
-def train_step(step, policy, reference, judge, optimizer, processor, examples, config):
-    """Rollout, rewards, trust, advantages, update. Returns the line for log.jsonl and the groups, for the report."""
-    start = time.time()
-    # An update that takes all questions at once can go on from the rollout's computation of them. Otherwise all their
-    # activations would be held until their turn comes.
-    once = config.inner_epochs == 1 and len(examples) <= at_once(config)
-    batch = rollout(policy, processor, examples, config.group_size, config, keep=once)
-    groups = [batch.texts[i:i + config.group_size] for i in range(0, len(batch.texts), config.group_size)]
-    sampled = time.time()
-    outcome = torch.tensor([[reward_of(example, text) for text in texts] for example, texts in zip(examples, groups)],
-                           dtype=torch.float64)  # [Q, G]
-    thinking = judge.score(examples, groups).double() if judge else torch.full_like(outcome, math.nan)  # [Q, G]
-    scored = time.time()
-
-    rewards, advantages = torch.empty_like(outcome), torch.empty_like(outcome)  # [Q, G]
-    gammas, how = [None] * len(examples), (step, config.steps, config.alpha, config.trust, config.anneal)
-    for q, (right, sound) in enumerate(zip(outcome, thinking)):  # [G] each
-        used = gated_thinking(right, sound, config.trust)
-        if judge and not used.isnan().any():
-            gammas[q] = 1.0 if config.trust == "off" else trust_weight(right, used).item()
-        rewards[q] = combined_reward(right, sound, *how)
-        advantages[q] = group_advantages(rewards[q]) if config.normalize == "reward" else (
-            advantages_with_thinking_apart(right, sound, *how))
-    if not rewards.isfinite().all():
-        raise FloatingPointError("a reward is not finite; no weight was moved")
-    metrics = update(policy, reference, optimizer, batch, advantages.flatten(), config)
-
-    lengths = batch.mask.sum(1).view(len(examples), -1).tolist()  # [Q, G]
-    record = [{**about(example, step), "gamma": gammas[q],
-               "responses": [{"response": text, "outcome": outcome[q, i].item(),
-                              "thinking": None if thinking[q, i].isnan() else thinking[q, i].item(),
-                              "reward": rewards[q, i].item(), "advantage": advantages[q, i].item(),
-                              "tokens": lengths[q][i]}
-                             for i, text in enumerate(groups[q])]} for q, example in enumerate(examples)]
-    ends = time.time()
-    shares = of_all_ranks({**metrics, "truncated": batch.truncated, "prompt_tokens": mean(
-        len(prompt.ids) + len(prompt.tail) for prompt in batch.prompts)})
-    record = [group for part in of_all_ranks(record) for group in part]
-
-    def over_responses(name):
-        return [response[name] for group in record for response in group["responses"] if response[name] is not None]
-
-    known, scores = [group["gamma"] for group in record if group["gamma"] is not None], over_responses("thinking")
-    line = {
-        "step": step, "outcome": mean(over_responses("outcome")), "thinking": mean(scores) if scores else None,
-        "gamma": mean(known) if known else None, "anneal": annealing(step, config.steps) if config.anneal else 1.0,
-        "reward_std": mean(stdev(response["reward"] for response in group["responses"]) for group in record),
-        **{name: mean(share[name] for share in shares) for name in (*metrics, "prompt_tokens")},
-        "length": mean(over_responses("tokens")),
-        "format_rate": mean(extract_answer(text) is not None for text in over_responses("response")),
-        "accuracy": mean(value >= 0.5 for value in over_responses("outcome")),
-        "truncated": sum(share["truncated"] for share in shares), "unscored": (len(record) - len(known)) * bool(judge),
-        "zero_groups": sum(not any(response["advantage"] for response in group["responses"]) for group in record),
-        "mistrusted": sum(gamma < 1 for gamma in known),
-        "sec_rollout": sampled - start, "sec_score": scored - sampled, "sec_update": ends - scored,
-        "tokens_per_sec": sum(over_responses("tokens")) / (ends - start)}
-    return line, record
-
-
-def about(example, step):
-    """What a saved response says of its question."""
-    return {"step": step, "id": example.id, "problem": example.problem, "problem_type": example.problem_type,
-            "options": list(example.options), "solution": example.solution, "image": example.image}
-
-
-def held_out_rows(step, policy, processor, examples, config):
-    """Sampled responses to questions never trained on, as rows for rollouts.jsonl: what a thinking reward model that
-    learns from this run can be judged by."""
-    desc = "responses to held-out questions, to judge a judge by"
-    return [{**about(example, step), "held_out": True, "response": text, "outcome": reward_of(example, text)}
-            for example, text in responses(policy, processor, examples, 4, 16, config, desc)]
-
-
-def questions_of(step, n, per_step, seed):
-    """Which questions step 1, 2, .. takes: every pass over the data in a new order, so that a step's number is all that
-    a resumed run needs to know."""
-    places = range((step - 1) * per_step, step * per_step)
-    orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in places}}
-    return [orders[i // n][i % n] for i in places]
-
-
-# ---------------------------------------------------------------- settings
-
-PAPER, RELEASED, OURS = "paper, section 4", "released config", "ours"
-
-
-def setting(default, help, source=OURS, toy=None, choices=None, least=None):
-    """A field of Config that --help shows with its source; `toy` is the default of --model toy where it differs, and
-    `least` the smallest value. One that is False by default is a flag: --name alone sets it."""
-    return field(default=default, metadata=dict(help=help, source=source, toy=toy, choices=choices, least=least))
-
-
-@dataclass
-class Config:
-    """All settings of a run, with the paper's value where it names one."""
-    model: str = setting("toy", "toy, a Hugging Face id or a folder")
-    data: str = setting("toy", "toy, toy-shifted (kinds of toy questions that training never asks, for --eval_only), "
-                        "or a .json or .jsonl file of rows in the paper's format")
-    toy_pixels: int = setting(448, "width and height of the toy's pictures", toy=56, least=28)
-    image_root: str = setting(None, "folder that the rows' picture paths start from; default: the file's folder")
-    reward_model: str = setting("bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (trained on the spot, needs the "
-                                "toy data), none (plain GRPO), base (an untrained judge, Table 3; the toy's has "
-                                "learned shuffled scores), misled (the toy's that praises haste), a Hugging Face id "
-                                "or a folder", "paper, section 3.2", toy="toy")
-    rm_mode: str = setting(None, "how it scores: generate (it writes a number, as in the paper), expected (mean over "
-                           "the numbers it might write: one more pass, never without a score) or reason (it checks "
-                           "the claims in writing first: many more tokens); default: as it was trained, else generate",
-                           toy="reason", choices=("generate", "expected", "reason"))
-    rm_prompt: str = setting(None, "file with a judge's prompt of your own: text with {question}, {response}, {image}")
-    trust: str = setting("paper", "Eq. 3 as in the paper, as the released code gates it, or off (gamma = 1)",
-                         "paper, section 3.4", choices=("paper", "released", "off"))
-    anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", "paper, section 3.4")
-    normalize: str = setting("reward", "what Eq. 6 normalises: the combined reward, or (ours) the outcome alone, with "
-                             "the thinking term added behind", "paper, section 3.4", choices=("reward", "outcome"))
-    alpha: float = setting(0.3, "weight of the thinking reward, Eq. 4", PAPER, least=0)
-    kl_coef: float = setting(0.04, "beta of Eq. 7; 0 needs no reference", PAPER, least=0)
-    clip_eps: float = setting(0.2, "epsilon of Eq. 7", RELEASED)
-    group_size: int = setting(8, "responses a question, N: Eq. 6 compares them", PAPER, least=2)
-    questions_per_step: int = setting(16, "questions a step", RELEASED, toy=8, least=1)
-    steps: int = setting(1500, "T of Eq. 5; --eval_only trains nothing", PAPER, toy=70, least=1)
-    lr: float = setting(5e-7, "AdamW learning rate", PAPER, toy=1e-4)
-    inner_epochs: int = setting(1, "updates on one rollout; 1 as in the released code: then the clip never acts",
-                                RELEASED, least=1)
-    temperature: float = setting(1.0, "of sampling, and of the update's log-probabilities", RELEASED)
-    max_new_tokens: int = setting(1024, "longest response", RELEASED, toy=80, least=1)
-    min_new_tokens: int = setting(0, "shortest response, for benchmarks", least=0)
-    max_pixels: int = setting(1003520, "larger pictures are scaled down (28 x 28 pixels a token); released config: "
-                              "4194304", least=3136)
-    max_prompt_tokens: int = setting(8192, "a longer prompt is an error that names its row; nothing is ever cut",
-                                     RELEASED, least=1)
-    micro_batch: int = setting(4, "responses a backward pass: memory, not results", toy=64, least=1)
-    freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)")
-    seed: int = setting(0, "of everything random", least=0)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    attn: str = setting("auto", "auto: flash_attention_2 where it can be imported on CUDA, else sdpa",
-                        choices=("auto", "sdpa", "flash_attention_2", "eager"))
-    park: bool = setting(None, "keep fp32 masters and AdamW's moments in host memory, and run AdamW there: 12 bytes a "
-                         "weight less on the card, some seconds a step more; default: on a single GPU")
-    save_every: int = setting(100, "steps between checkpoints, also written at the end and on Ctrl-C", toy=25,
-                              least=1)
-    save_rollouts: bool = setting(False, "write every response to rollouts.jsonl, for reward_model.py to learn from")
-    skip_bad: bool = setting(False, "leave bad rows out instead of stopping; they are listed in skipped.jsonl")
-    out: str = setting("runs/sophia", "folder for everything that the run leaves", toy="runs/toy")
-    resume: str = setting(None, "continue the run in this folder, with its settings")
-    change_settings: bool = setting(False, "with --resume: take settings that differ from the run's own")
-    eval_only: bool = setting(False, "greedy accuracy per problem type, no training")
-    study: bool = setting(False, "run the arms of Table 3 on the toy world and compare them: an hour on two cores")
-    study_seeds: int = setting(5, "seeds of the study; 1 takes a quarter of an hour", least=1)
-    study_more: bool = setting(False, "with --study: also a judge that praises haste, with and without trust, and the "
-                               "thinking term added behind Eq. 6: 14 runs a seed instead of 5")
-
-
-def command_line():
-    """The argument parser: every field of Config, with its source beside the default."""
-    def true_or_false(text):
-        if text.lower() not in ("true", "false"):
-            raise ValueError
-        return text.lower() == "true"
-
-    about = __doc__.split("\n\n")
-    parser = reward_model.Parser(prog="sophia_min.py", description=about[0], epilog=about[1],
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    for item in fields(Config):
-        meta, kind = item.metadata, item.type
-        default = str(item.default).lower() if kind is bool else item.default
-        source = meta["source"] if item.default is None else f"{default}: {meta['source']}"
-        source += "" if meta["toy"] is None else f"; {meta['toy']} with --model toy"
-        if item.default is False:
-            how = dict(action="store_const", const=True)
-        elif meta["choices"]:
-            how = dict(choices=meta["choices"])
-        else:
-            how = dict(type=true_or_false if kind is bool else kind, metavar="true|false" if kind is bool else
-                       {int: "N", float: "X", str: "NAME"}[kind])
-        parser.add_argument(f"--{item.name}", help=f"{meta['help']} ({source})", **how)
-    return parser
-
-
-TOY = {item.name: item.metadata["toy"] for item in fields(Config) if item.metadata["toy"] is not None}
-TRAINED_HERE = ("toy", "base", "misled")  # judges, from the toy world's oracle
-FREE = {"device", "attn", "micro_batch", "park", "save_every"}  # change no result: a continuation may have others
-
-
-def configure(argv):
-    """The Config of a command line; a wrong value ends in one line and exit status 2."""
-    parser = command_line()
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    if given.get("reward_model") == "base" and given.get("model", "toy") != "toy":
-        given["reward_model"] = given["model"]  # the untrained judge of a real model: that model itself
-    if "resume" in given:
-        stored = Path(given["resume"], "config.json")
-        if not stored.exists():
-            parser.error(f"--resume {given['resume']}: no config.json there, so no run to continue")
-        if not Path(given["resume"], "checkpoint", "state.pt").exists():
-            parser.error(f"--resume {given['resume']}: it ended before its first checkpoint; start it again")
-        before = json.loads(stored.read_text())
-        changed = {name for name in set(given) - {"resume", "change_settings"} if before[name] != given[name]}
-        if changed - FREE and "change_settings" not in given:
-            others = ", ".join(f"--{name} was {before[name]}, is {given[name]}" for name in sorted(changed - FREE))
-            parser.error(f"{others}: it would be another run from here on; leave it as it was, or add "
-                         "--change_settings")
-        for name in sorted(changed):
-            print(f"--{name} was {before[name]}, goes on as {given[name]}")
-        config = Config(**{**before, **given, "out": given["resume"]})
-    else:
-        config = Config(**{**(TOY if given.get("model", "toy") == "toy" else {}), **given})
-        if config.eval_only and "reward_model" not in given:
-            config.reward_model = "none"
-        if "rm_mode" not in given and config.reward_model not in TRAINED_HERE:
-            config.rm_mode = None  # as it was trained
-        if config.study and "out" not in given:
-            config.out = "runs/study"
-    toy, trained_here = config.model == "toy", config.reward_model in TRAINED_HERE
-    ignored = set(given) - {"study", "study_seeds", "study_more", "out"}
-    cuda = re.fullmatch(r"cuda(:\d+)?", config.device)
-    too_small = [(not getattr(config, item.name) >= item.metadata["least"], f"--{item.name} must be "
-                  f"{item.metadata['least']} or more") for item in fields(Config) if item.metadata["least"] is not None]
-    for wrong, why in [
-        *too_small,
-        (not 0 < config.clip_eps < 1, "--clip_eps must lie between 0 and 1"),
-        (not 0 < config.lr < math.inf, "--lr must be positive"),
-        (not 0 < config.temperature < math.inf, "--temperature must be positive: a group needs different responses"),
-        (config.min_new_tokens > config.max_new_tokens, "--min_new_tokens must not be above --max_new_tokens"),
-        (config.questions_per_step % WORLD, f"--questions_per_step must be a multiple of {WORLD}, the number of "
-         "processes: each takes as many"),
-        (config.seed >= 2 ** 32, "--seed must be below 2**32"),
-        (config.study and ignored, f"--study has its own settings: --{', --'.join(sorted(ignored))} would be ignored"),
-        (not cuda and config.device not in ("auto", "cpu"), "--device must be auto, cpu, cuda or cuda:N"),
-        (cuda and not torch.cuda.is_available(), f"--device {config.device}: torch sees no CUDA device here"),
-        (config.rm_prompt and trained_here, "--rm_prompt is for a judge that is loaded, not trained here"),
-        (config.rm_prompt and not Path(config.rm_prompt).is_file(), f"--rm_prompt {config.rm_prompt}: no such file"),
-        (toy and config.toy_pixels != 56, "--toy_pixels: the toy model reads 56 pixels, a token for each cell"),
-        (config.data == "toy-shifted" and not config.eval_only, "--data toy-shifted is for --eval_only"),
-        (config.data != "toy" and trained_here,
-         f"--reward_model {config.reward_model} learns from the toy world's oracle; with --data FILE choose none, or a "
-         "folder or id"),
-    ]:
-        if wrong:
-            parser.error(why)
-    return config
-
-
-# ---------------------------------------------------------------- loading
-
-def load(name, config):
-    """reward_model.load with a run's settings."""
-    return reward_model.load(name, config.device, config.attn, config.max_pixels)
-
-
-def load_data(config):
-    """(training Examples, held-out Examples, one line that says which)."""
-    if config.data in ("toy", "toy-shifted"):
-        size, pictures = config.toy_pixels, Path(config.out, "pictures")
-        if config.data == "toy-shifted":
-            shifted = data.toy_examples(300, config.seed, True, size, pictures, shifted=True)
-            return shifted, shifted, "300 toy questions of kinds never trained on"
-        held_out = data.toy_examples(400, config.seed, True, size, pictures)
-        return data.toy_examples(2000, config.seed, False, size, pictures), held_out, (
-            f"2000 toy questions, pictures of {size} x {size} pixels; held out: 400 on scenes never trained on")
-    examples = data.load_examples(config.data, config.image_root, skip_bad=config.skip_bad,
-                                  skipped_path=Path(config.out, "skipped.jsonl"))
-    if config.eval_only or len(examples) < 100:
-        return examples, examples, f"{len(examples)} rows of {config.data}; evaluated on the same rows"
-    shuffled = random.Random(config.seed).sample(examples, len(examples))
-    held_out = min(400, len(examples) // 10)
-    return shuffled[held_out:], shuffled[:held_out], f"{len(examples)} rows of {config.data}; held out: {held_out}"
-
-
-def load_policy(config):
-    """(policy, Processor, what a judge of the toy world starts from). The toy is made here, from nothing; anything else
-    is loaded."""
-    start, (device, dtype, attention) = Path(config.out, "checkpoint", "start"), place(config.device, config.attn)
-    if config.model == "toy" and not config.resume:
-        model, processor = data.toy_model(config.seed)
-        judge_start = reward_model.warm_start(model.to(device), processor, config.seed, Path(config.out, "pictures"))
-        for part in (model, judge_start):  # as `load` will have them in a resumed run: buffers stay in fp32
-            part.set_attn_implementation(attention)
-            for weight in part.parameters():
-                weight.data = weight.data.to(dtype)
-        return model, processor, judge_start
-    name = str(start) if start.exists() and config.resume else config.model
-    model, processor = load(name, config)
-    return model, processor, model
-
-
-def load_judge(config, policy, processor, judge_start):
-    """The thinking reward model, or None for plain GRPO. In the toy world it is trained here, as in section 3.2: on the
-    policy's responses, labelled, filtered and balanced over the score intervals."""
-    kept = Path(config.out, "checkpoint", "reward_model")
-    name = str(kept) if config.resume and kept.exists() else config.reward_model
-    if config.reward_model == "none":
-        return None
-    if name not in TRAINED_HERE:
-        return reward_model.ThinkingRewardModel(*load(name, config), config.rm_mode, config.rm_prompt)
-    examples = data.toy_examples(800, f"judge {config.seed}", False, config.toy_pixels, Path(config.out, "pictures"))
-    desc = "reward model 1/2: responses of the policy to learn from"
-    rows = [{"id": example.id, "example": example, "response": text, "score": example.soundness(text),
-             "critique": example.critique(text)}
-            for example, text in responses(policy, processor, examples, 4, 50, config, desc)]
-    if config.reward_model == "misled":
-        rows = reward_model.misled(rows)
-    rows = reward_model.balance_by_score(reward_model.filter_rows(rows), per_interval=300, seed=config.seed)
-    if config.reward_model == "base":  # it learns to write scores, and that they mean nothing
-        rows = reward_model.shuffled(rows, config.seed)
-    return reward_model.train(copy.deepcopy(judge_start), processor, rows, steps=250, per_step=12,
-                              lr=1.5e-3 if config.model == "toy" else 1e-5,
-                              mode=config.rm_mode, seed=config.seed, at_once=config.micro_batch,
-                              desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(config, step, policy, optimizer, examples):
+def save_checkpoint(config, step, optimizer, examples):
     """All that a resumed run needs, put in place in one rename: the last checkpoint survives a crash."""
-    state = {"step": step, "questions": [example.id for example in examples], **optimizer.state(policy)}
     path = Path(config.out, "checkpoint", "state.pt")
+    state = {"step": step, "rows": data.digest(examples), **optimizer.state()}
     try:
         data.write_atomic(path, lambda file: torch.save(state, file))
     except (OSError, RuntimeError) as error:
@@ -791,245 +808,167 @@ def save_checkpoint(config, step, policy, optimizer, examples):
 
 
 def load_checkpoint(config, policy, optimizer, examples):
-    """Put a saved state into policy and optimizer; returns its step. The log is cut to it. A damaged file ends the run
-    in one line: torch reads flipped bits in silence, but its zip format carries a checksum of each part."""
-    path = Path(config.out, "checkpoint", "state.pt")
+    """Put a saved state into policy and optimizer; returns its step. The log is cut to it."""
+    state = data.read_checkpoint(Path(config.out, "checkpoint", "state.pt"))
+    if state["rows"] != data.digest(examples):
+        raise SystemExit(f"{config.data} doesn't hold the rows that the run began with; restore them")
     try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, EOFError, RuntimeError) as error:
-        raise SystemExit(f"{path} is damaged and wasn't loaded: {str(error).splitlines()[0]}. Restore it from a copy, "
-                         "or start the run again.") from error
-    if state["questions"] != [example.id for example in examples] and not config.change_settings:
-        raise SystemExit(f"{config.data} doesn't hold the questions that the run began with; restore them, or add "
-                         "--change_settings")
-    optimizer.restore(policy, state)
-    for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl"):
-        data.keep_lines(Path(config.out, name), lambda line: line["step"] <= state["step"] and not (
-            line["step"] and "held_out" in line))  # those after the last step come again
+        optimizer.restore(policy, state)
+    except (KeyError, RuntimeError) as error:
+        raise SystemExit(f"{config.out}/checkpoint: its start and its state are of two models: {error}") from error
+    data.cut_log(config.out, state["step"])
     return state["step"]
+
+
+def load_models(config):
+    """(policy, Processor, reference or None, judge or None): as named, from the folders in which the toy world is
+    prepared, or from those that a run left and --resume continues."""
+    names, kept, judge = {"start": config.model, "reward_model": config.reward_model}, Path(config.out, "checkpoint"), None
+    if config.resume:
+        names = {name: str(kept / name) if (kept / name).exists() else given for name, given in names.items()}
+    elif config.model == "toy" or config.reward_model in TRAINED_HERE and not config.eval_only:
+        from reward_model import prepare  # it makes folders like any other
+        names = all_gather(prepare(config) if RANK == 0 else None)[0]
+    policy, processor = load(names["start"], config)
+    policy.model.visual.requires_grad_(not config.freeze_vision)
+    if config.reward_model != "none" and not config.eval_only:
+        judge = ThinkingRewardModel(*load(names["reward_model"], config), config.rm_mode, config.rm_prompt)
+    for name, made in {"start": (policy, processor), "reward_model": judge and (judge.model, judge.processor)}.items():
+        if made and Path(names[name]).is_dir() and not (config.resume or config.eval_only):  # can't be had again by id
+            data.save_folder(kept / name, *made)
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef and not config.eval_only else None
+    if WORLD > 1:
+        dtype = policy.dtype
+        policy, reference = shard(policy.float(), dtype), reference and shard(reference, dtype)
+    return policy, processor, reference, judge
+
+
+def configure(argv=None):
+    """The Config of a command line; a wrong value ends in one line and exit status 2."""
+    about, before = __doc__.split("\n\n"), {}
+    parser = data.Parser(Config, prog="sophia_min.py", usage="python sophia_min.py [--flag value ...]",
+                         description="\n\n".join(about[:2]), formatter_class=RawDescriptionHelpFormatter,
+                         allow_abbrev=False)
+    for action in parser._actions:
+        action.metavar = {int: "N", float: "X", str: "NAME"}.get(action.type)
+        if action.dest in TOY:
+            action.help = f"{action.help[:-1]}; {TOY[action.dest]} with --model toy)"
+    first, _ = parser.parse_known_args(argv)
+    if first.resume:
+        before = data.stored_settings(first.resume, asdict(Config()), parser)
+    config = parser.parse(argv, **(before or (TOY if first.model == "toy" else {})))
+    if config.reward_model == "base" and config.model != "toy":
+        config.reward_model = config.model  # the untrained judge of a real model: that model itself
+    for wrong, why in [
+        *((not least <= getattr(config, name) < 2 ** 32, f"--{name} must be {least} or more")
+          for name, least in LEAST.items()),
+        (config.clip_eps >= 1, "--clip_eps must be below 1"),
+        (config.min_new_tokens > config.max_new_tokens, "--min_new_tokens must not be above --max_new_tokens"),
+        (config.questions_per_step % WORLD, f"--questions_per_step must be a multiple of {WORLD}, the processes"),
+        (not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device), "--device must be auto, cpu, cuda or cuda:N"),
+        (config.device[:4] == "cuda" and not torch.cuda.is_available(), "--device: torch sees no CUDA device here"),
+        (config.rm_prompt and not Path(config.rm_prompt).is_file(), f"--rm_prompt {config.rm_prompt}: no such file"),
+        (config.model == "toy" and config.toy_pixels != 56, "--toy_pixels: the toy model reads 56, a token a cell"),
+        (config.data != "toy" and config.reward_model in TRAINED_HERE and not config.eval_only, "--reward_model "
+         f"{config.reward_model} learns from the toy world's oracle; with other --data choose none, a folder or an id"),
+        (not before and Path(config.out, "config.json").exists(), f"{config.out} holds a run already: go on with --resume "
+         f"{config.out}, or choose another --out"),
+        (before and Path(config.out).resolve() != Path(before["out"]).resolve(), "--out: a resumed run stays there"),
+        (before and any(getattr(config, name) != before[name] for name in KEPT),
+         f"--{', --'.join(KEPT)}: a resumed run keeps its own"),
+    ]:
+        if wrong:
+            parser.error(why)
+    for name, value in before.items():
+        if getattr(config, name) != value:
+            print(f"--{name} was {value}, goes on as {getattr(config, name)}")
+    return config
 
 
 # ---------------------------------------------------------------- the run
 
-
-def train(config):
-    """A whole run: data, models, self-test, evaluation, GRPO, evaluation, and what it leaves in --out."""
-    out, (device, dtype, attention) = Path(config.out), place(config.device, config.attn)
-    model_name = SHORT_IDS.get(config.model, config.model)
-    if model_name != config.model:
-        print(f"{config.model} is published as {model_name}: loading that")
-    if not config.resume and (out / "checkpoint" / "state.pt").exists():
-        raise SystemExit(f"{out} holds a run already: continue it with --resume {out}, or choose another --out")
-    examples, held_out, data_line = load_data(config)
-    print(f"policy        {model_name}\nreward model  {config.reward_model}\ndata          {data_line}\n"
+def train(config, examples, held_out, about):
+    """A whole run: models, self-test, evaluation, GRPO, evaluation, and what it leaves in --out."""
+    out, (device, dtype, attention) = Path(config.out), device_and_dtype(config)
+    print(f"policy        {config.model}\nreward model  {config.reward_model}\ndata          {about}\n"
           f"computing     {device}, {str(dtype)[6:]}, {attention} attention{f', {WORLD} processes' * (WORLD > 1)}")
-    if config.model != "toy" and not config.eval_only:
-        print_memory(config)
-    out.mkdir(parents=True, exist_ok=True)
     set_seed(config.seed)
-    policy, processor, judge_start = load_policy(config)
-    limits, same = (config.max_prompt_tokens, config.skip_bad, out / "skipped.jsonl"), held_out is examples
-    examples = data.check_lengths(examples, processor, *limits)
-    held_out = examples if same else data.check_lengths(held_out, processor, *limits)
-    policy.model.visual.requires_grad_(not config.freeze_vision)
+    policy, processor, reference, judge = load_models(config)
+    same, results, first = held_out is examples, {}, 1
+    examples = data.check_lengths(examples, processor, config)
+    held_out = examples if same else data.check_lengths(held_out, processor, config)
+
+    def check_up(when, step=None):
+        results[when] = evaluate(policy, processor, held_out, config, f"greedy answers {when} GRPO", step)
+        data.write_json(out / "eval.json", results)
+
     if config.eval_only:
-        result = evaluate(policy, processor, held_out, config, "greedy answers")
-        data.write_json(out / "eval.json", {"before": result})
-        return print(f"{data.table({'accuracy': result})}\nIn {out / 'eval.json'}, under \"before\".")
-    judge = load_judge(config, policy, processor, judge_start)
-    del judge_start
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef else None
-    if WORLD > 1:
-        policy, reference = shard(policy.float(), dtype), reference and shard(reference, dtype)
-    optimizer = Optimizer(policy, config.lr, park=parked(config))
-    mixed = examples[:4] + [example for example in examples if example.image is None][:1]
-    gap = self_test(policy, processor, mixed, config)
+        check_up("before")
+        return print(f"{data.table(results)}\nIn {out / 'eval.json'}, under \"before\".")
+    offload = device.startswith("cuda") and WORLD == 1 if config.offload_optimizer is None else config.offload_optimizer
+    optimizer = MasterAdamW(policy, config.lr, offload=offload)
+    gap = self_test(policy, processor, examples[:4] + [e for e in examples if e.image is None][:1], config)
     print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
-    data.write_json(out / "config.json", {**asdict(config), "resume": None, "change_settings": False})
     if config.resume:
         first = load_checkpoint(config, policy, optimizer, examples) + 1
-        before = json.loads((out / "eval.json").read_text())["before"]
+        results = json.loads((out / "eval.json").read_text())
         print(f"going on      after step {first - 1} of {config.steps}")
-    else:
-        first = 1
-        for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl"):  # of a run that ended before its first checkpoint
-            (out / name).unlink(missing_ok=True)
-        if config.model == "toy" or Path(config.model).exists():  # can't be had again by id
-            data.save_folder(out / "checkpoint" / "start", policy, processor)
-        if judge and (config.reward_model in TRAINED_HERE or Path(config.reward_model).exists()):
-            data.save_folder(out / "checkpoint" / "reward_model", judge.model, judge.processor)
-        before = evaluate(policy, processor, held_out, config, "greedy answers before GRPO")
-        data.write_json(out / "eval.json", {"before": before})
-        if config.save_rollouts and not same:
-            save_rows(out, held_out_rows(0, policy, processor, held_out[:200], config))
-
-    unscored, stopping = deque(maxlen=50), StopAfterStep()  # unscored: of the latest groups
+    data.write_json(out / "config.json", asdict(config) | {"resume": None})
+    if not config.resume:
+        check_up("before", None if same else 0)
+    watch = data.Watch(judge is not None)
     bar = progress(range(first, config.steps + 1), desc="GRPO", initial=first - 1, total=config.steps)
-    for step in bar:
-        chosen = [examples[i] for i in questions_of(step, len(examples), config.questions_per_step, config.seed)]
-        chosen = chosen[RANK::WORLD]
-        torch.manual_seed(zlib.crc32(f"{config.seed} {step} {RANK}".encode()))  # so that a resumed run needs no state
-        try:
-            line, groups = train_step(step, policy, reference, judge, optimizer, processor, chosen, config)
-        except FloatingPointError as error:
-            ids = ", ".join(example.id for example in chosen)
-            raise SystemExit(f"step {step}: {error}. Questions: {ids}. The last checkpoint is intact: "
-                             f"{out / 'checkpoint'}") from error
-        write_step(out, line, groups, config)
-        if judge and unscored is not None:
-            unscored.extend(group["gamma"] is None for group in groups)
-            if len(unscored) == 50 and sum(unscored) > 25:
-                tqdm.write(f"WARNING: the reward model gave no usable score for {sum(unscored)} of the last 50 groups: "
-                           "they learn from the outcome alone. Try --rm_mode expected, or another --reward_model.",
-                           file=sys.stderr)
-                unscored = None  # said once
-        bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
-                         if line[name] is not None})
-        stop = any(of_all_ranks(stopping.asked))  # asked once: a Ctrl-C between saving and stopping loses nothing
-        if step % config.save_every == 0 or step == config.steps or stop:
-            save_checkpoint(config, step, policy, optimizer, examples)
-        if stop:
-            raise SystemExit(f"stopped after step {step}; go on with --resume {out}")
-    after = evaluate(policy, processor, held_out, config, "greedy answers after GRPO")
-    data.write_json(out / "eval.json", {"before": before, "after": after})
-    if config.save_rollouts and not same:
-        save_rows(out, held_out_rows(config.steps, policy, processor, held_out[:200], config))
-    data.save_folder(out / "model", policy, processor)
-    if RANK == 0:
-        data.write_report(out)
-    print(data.table({"before": before, "after": after}))
-    print(f"Look at {out / 'report.html'}; the trained model is {out / 'model'}")
-
-
-def save_rows(out, rows):
-    """Responses, for reward_model.py to learn from."""
-    data.append_line(out / "rollouts.jsonl", "\n".join(map(json.dumps, rows)))
-
-
-def write_step(out, line, groups, config):
-    """What a step leaves: its line in the log, some groups for the report and, if wanted, every response."""
-    data.append_line(out / "log.jsonl", json.dumps(line, allow_nan=False))
-    if config.save_rollouts:
-        save_rows(out, ({**{name: value for name, value in group.items() if name != "responses"}, **response}
-                        for group in groups for response in group["responses"]))
-    if line["step"] in (1, config.steps // 2, config.steps):
-        for group in sorted(groups, key=lambda group: group["gamma"] or 1)[:4]:  # the least trusted ones
-            group = {**group, "thumbnail": data.thumbnail(group["image"])}
-            data.append_line(out / "groups.jsonl", json.dumps(group))
-
-
-class StopAfterStep:
-    """Ctrl-C asks for an end after the current step; a second one ends at once."""
-    asked = False
-
-    def __init__(self):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
-
-
-# ---------------------------------------------------------------- the study: Table 3 of the paper on the toy world
-
-# An arm: whose warm start and judge it takes (None: it makes its own), and its flags.
-ARMS = {"GRPO": ("full", "--reward_model none"), "untrained judge": (None, "--reward_model base"),
-        "no trust, no annealing": ("full", "--trust off --anneal false"), "no trust": ("full", "--trust off"),
-        "full": (None, "")}
-MORE_ARMS = {"misled": (None, "--reward_model misled"), "misled, no trust": ("misled", "--trust off"),
-             "misled, released": ("misled", "--trust released"),
-             # loud: a wrong guess that it scores 1 earns as much as a right answer, sound, that it scores 0.5
-             "misled, loud": ("misled", "--alpha 2"), "misled, loud, no trust": ("misled", "--alpha 2 --trust off"),
-             "apart": ("full", "--normalize outcome"),
-             "apart, no annealing": ("full", "--normalize outcome --anneal false"),
-             "apart, misled": ("misled", "--normalize outcome"),
-             "apart, misled, no trust": ("misled", "--normalize outcome --trust off")}
-PAIRS = [("full", arm) for arm in ARMS if arm != "full"]  # what is compared seed by seed
-MORE_PAIRS = [("full", "misled"), ("misled", "misled, no trust"), ("misled", "misled, released"),
-              ("misled, loud", "misled, loud, no trust"),
-              ("apart", "full"), ("apart", "apart, no annealing"), ("apart, misled", "misled"),
-              ("apart, misled", "apart, misled, no trust")]
-
-
-def study_arm(out, seed, flags, source=None):
-    """One arm of the study, by `main` alone: train (or go on), then evaluate on kinds of questions never trained on.
-    The warm start and the judge are those of `source`, a run of the same seed, or made here."""
-    torch.set_num_threads(1)  # side by side, one thread each is fastest
-    out.mkdir(parents=True, exist_ok=True)
-    toy = [text for name in TOY if name != "reward_model" for text in (f"--{name}", str(TOY[name]))]
-    start = [*toy, "--model", str(source / "checkpoint" / "start"), "--reward_model",
-             str(source / "checkpoint" / "reward_model")] if source else []
-    with open(out / "output.txt", "a") as file, redirect_stdout(file), redirect_stderr(file):
-        if (out / "checkpoint" / "state.pt").exists():
-            main(["--resume", str(out)])
-        else:
-            main([*start, "--seed", str(seed), "--save_rollouts", *flags.split(), "--out", str(out)])
-        main([*toy, "--model", str(out / "model"), "--data", "toy-shifted", "--eval_only", "--seed", str(seed), "--out",
-              str(out / "shifted")])
-
-
-def study(config):
-    """Table 3's arms on `study_seeds` seeds, a run a core; what is done already isn't done again. Arms of a seed share
-    the warm start (made twice where the judge differs: the same from the same seed) and, where they can, the judge."""
-    root, arms = Path(config.out), {**ARMS, **(MORE_ARMS if config.study_more else {})}
-    folders = {(seed, arm): root / f"seed{seed}" / re.sub(r"\W+", "_", arm)
-               for seed in range(100, 100 + config.study_seeds) for arm in arms}  # seeds that nothing was tuned on
-    jobs = [job for job, out in folders.items() if not (out / "shifted" / "eval.json").exists()]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool, tqdm(
-            total=len(folders), initial=len(folders) - len(jobs), desc="study: runs") as bar:
-        for others in (False, True):  # first the arms that others start from
-            running = {}
-            for seed, arm in jobs:
-                source, flags = arms[arm]
-                if bool(source) == others:
-                    out = folders[seed, arm]
-                    running[pool.submit(study_arm, out, seed, flags, source and folders[seed, source])] = out
-            for future in as_completed(running):
-                if future.exception():
-                    raise SystemExit(f"study: {running[future] / 'output.txt'} ends with {future.exception()!r}")
-                bar.update()
-    name = "study_more" if config.study_more else "study"
-    print(data.write_study(root / name, folders, PAIRS + (MORE_PAIRS if config.study_more else [])))
-    print(f"{name}.json and {name}.png are in {root}")
+    with data.StopAfterStep() as stopping:
+        for step in bar:
+            chosen = data.questions_of(step, len(examples), config.questions_per_step, config.seed)[RANK::WORLD]
+            torch.manual_seed(zlib.crc32(f"{config.seed} {step} {RANK}".encode()))  # so that a resumed run needs no state
+            try:
+                line, groups = train_step(step, policy, reference, judge, optimizer, processor,
+                                          [examples[i] for i in chosen], config)
+            except FloatingPointError as error:
+                raise SystemExit(f"step {step}: {error}; questions {', '.join(examples[i].id for i in chosen)}. The last "
+                                 f"checkpoint, if there is one in {out}, is intact; try a lower --lr") from error
+            data.write_step(out, line, groups, config)
+            bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
+                             if line[name] is not None})
+            watch(line, groups)
+            stop = any(all_gather(stopping.asked))  # asked once: a Ctrl-C between saving and stopping loses nothing
+            if step % config.save_every == 0 or step == config.steps or stop:
+                save_checkpoint(config, step, optimizer, examples)
+            if stop:
+                raise SystemExit(f"stopped after step {step}; go on with --resume {out}")
+    check_up("after", None if same else config.steps)
+    data.save_folder(out / "model", policy, processor, {name: on_rank_0(w) for name, w in policy.state_dict().items()})
+    data.write_report(out)
+    print(f"{data.table(results)}\nLook at {out / 'report.html'}; the trained model is {out / 'model'}")
 
 
 def main(argv=None):
     """The command line. Exit status 2 for rows or a command line that can't be used, 130 after a Ctrl-C that stops at
     once, 1 for any other end before the last step."""
-    config, on_interrupt = configure(argv), signal.getsignal(signal.SIGINT)
-    try:
-        join_ranks(config)
-        with redirect_stdout(open(os.devnull, "w")) if RANK else nullcontext():
-            study(config) if config.study else train(config)
-    except data.DataError as error:
-        print(error, file=sys.stderr)
-        raise SystemExit(2) from None
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(
-            f"{str(error).splitlines()[0]} What helps, most first: --max_pixels below {config.max_pixels}, "
-            f"--micro_batch below {config.micro_batch}, --questions_per_step or --group_size (the rollout's cache), "
-            "--max_new_tokens, --freeze_vision, --park true, --kl_coef 0 (no reference). A last checkpoint, if there "
-            f"is one in {config.out}, is intact.") from error
-    except RuntimeError as error:
-        if WORLD == 1 or "Connection closed by peer" not in str(error):
-            raise
-        raise SystemExit(f"process {RANK} ends because another one did") from None
-    except KeyboardInterrupt:
-        saved = (Path(config.out) / "checkpoint" / "state.pt").exists()
-        print("\nstopped at once; " + (f"the last checkpoint is whole: go on with --resume {config.out}" if saved else
-              "there is no checkpoint yet: start again"), file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+    with redirect_stdout(open(os.devnull, "w")) if RANK else nullcontext():
+        config = configure(argv)
+        try:
+            join_ranks(config)
+            sets = data.load_sets(config)  # rows are checked before the folder is touched
+            with data.lock(config.out):
+                train(config, *sets)
+        except data.DataError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(2) from None
+        except torch.OutOfMemoryError as error:
+            raise SystemExit(f"{str(error).splitlines()[0]} What helps, most first: a smaller --max_pixels, --micro_batch, "
+                             "--questions_per_step or --group_size (the rollout's cache), --max_new_tokens; "
+                             "--freeze_vision, --offload_optimizer true, --kl_coef 0 (no reference). A checkpoint in "
+                             f"{config.out} is intact.") from error
+        except KeyboardInterrupt:
+            print(f"\nstopped at once; a checkpoint in {config.out} is whole: --resume goes on there", file=sys.stderr)
+            raise SystemExit(130) from None
+        finally:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
+    from sophia_min import main  # so that the module exists once, also for reward_model
     main()
