@@ -23,7 +23,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -114,15 +114,13 @@ class StopAfterStep:
 PROBLEM_TYPES = ("numerical", "multiple choice", "OCR", "free-form", "text")  # paper, section 3.1
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has more: an .eps starts Ghostscript
+REFUSED_FORMATS = ("AVIF", "JPEG2000")
 # How a whole file ends; for WEBP Pillow compares the length in the header when it opens the file.
 PICTURE_END = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\0;", "WEBP": b""}
 # What Pillow raises on damaged files, found by changing bytes at random: there is no common base class.
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, struct.error, Image.DecompressionBombError)
 TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # EXIF orientation -> upright
-
-LABEL = re.compile(r"^\(?([A-Za-z])\s*[.):]\s*")  # how an option starts: "A. dog", "(A) dog", "a) dog", "A: dog"
-CHOSEN = re.compile(r"\W*[A-Za-z](\W+(and\W+)?[A-Za-z])*\W*")  # "B", "(b)", "A,C", "A and C"
 
 
 class DataError(ValueError):
@@ -145,57 +143,67 @@ class Example:
 
 @contextmanager
 def _pillow(path):
-    try:
-        with Image.open(path, formats=PICTURE_FORMATS) as picture:
+    """An opened picture, its header read, if Pillow shows its pixels as a person sees them; else DataError."""
+    try:  # a stream, since Pillow maps a named TIFF into memory with its sides swapped
+        with open(path, "rb") as file, Image.open(file, formats=PICTURE_FORMATS + REFUSED_FORMATS) as picture:
+            tags = getattr(picture, "tag_v2", {})  # a TIFF's; 258: bits of a sample, 262: is 0 white
+            if (picture.format in REFUSED_FORMATS
+                    or picture.mode in ("I", "F") and picture.format != "PPM"  # 32 bits: nothing says what white is
+                    or picture.mode[0] == "I" and (tags.get(258, (16,)) != (16,) or tags.get(262) == 0)
+                    or "transparency" in picture.info and picture.tile[0].args in ("L;2", "L;4", "RGB;16B")):  # unscaled
+                raise ValueError(f"{picture.format}, {picture.mode}: save it as 8-bit PNG or JPEG")
             yield picture
     except PICTURE_ERRORS as error:
         raise DataError(f"path: {str(path)!r} can't be read as a picture: {error!r}") from error
 
 
 def open_picture(path):
-    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame. 16-bit grey
-    keeps its range: 65535 is white (255 is, if no value is above it). DataError names a file that can't be decoded."""
+    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame.
+
+    16-bit grey keeps its range: 65535 is white (255 is, if no value is above it).
+    Raises DataError, naming the file, if it can't be decoded, or not for sure. Damage in the middle of a PNG is found;
+    that of other files often isn't: JPEG has no checksums, and Pillow drops libjpeg's warnings."""
+    with _pillow(path) as picture:
+        if picture.format == "PNG":
+            picture.verify()  # its checksums: 3% of the time that decoding takes
     with _pillow(path) as picture:
         picture.load()
         try:
             turn = TURN.get(picture.getexif().get(0x112))  # ImageOps.exif_transpose dies of other, odd tags
         except SyntaxError:
             turn = None  # unreadable EXIF: viewers show the picture as stored, and so do we
-        if picture.mode[0] in "FI":  # 16 or 32 bits: convert("RGB") would clip at 255
-            values = np.nan_to_num(np.asarray(picture).astype(np.float64), posinf=0, neginf=0)
-            low, high = values.min(), values.max()  # in 32 bits nothing says what white is: show the picture's range
-            if picture.mode != "F" and 0 <= low and high <= 65535:  # 16-bit grey, in PGM too; or 8-bit stored wide
-                low, high = 0, 65535 if high > 255 else 255
-            grey = ((values - low) / (high - low or 1) * 255).round().astype(np.uint8)
+        if picture.mode.startswith("I"):  # 16 bits, as "I;16" or (PGM) as "I": convert("RGB") would clip at 255
+            values = np.asarray(picture).astype(np.float64)
+            grey = (values / (65535 if values.max() > 255 else 255) * 255).round().astype(np.uint8)
             grey[values == picture.info.get("transparency")] = 255
             rgb = Image.fromarray(grey).convert("RGB")
-        elif picture.has_transparency_data:
+        elif picture.has_transparency_data and not (picture.format == "BMP" and picture.getextrema()[3] == (0, 0)):
             rgba = picture.convert("RGBA")
             rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
         else:
             rgb = picture.convert("RGB")
-        return rgb if turn is None else rgb.transpose(turn)
+        return rgb.transpose(turn) if turn is not None else rgb
 
 
 def check_picture(root, name, max_aspect, max_image_pixels, min_side):
     """The real path of picture `name` (a row's path) in the folder `root`; DataError if training couldn't use it.
-    Reads the header and the last bytes (0.1 ms): damage in the middle of a file shows only in `open_picture`."""
+
+    Reads the header and the last bytes (0.1 ms): damage in the middle of a file shows in `open_picture`, if at all."""
     file = os.path.realpath(os.path.join(root, name))  # realpath: a link could lead anywhere
     if os.path.isabs(name) or ".." in name.split("/") or not file.startswith(os.path.join(root, "")):
         raise DataError(f"path: {name!r} must stay inside {root!r}: no absolute path, no '..', no link out of it")
     if not os.path.isfile(file):
         raise DataError(f"path: there is no file {name!r} in {root!r}")
-    with _pillow(file) as picture, open(file, "rb") as stream:
+    with _pillow(file) as picture:
         (width, height), kind = picture.size, picture.format
-        stream.seek(-8, os.SEEK_END)  # the smallest file that Pillow opens, a PPM, has 8 bytes
-        end = stream.read()
-    it_has = f"path: {name!r} has {width} x {height} pixels,"
+        picture.fp.seek(-8, os.SEEK_END)  # the smallest file that Pillow opens, a PPM, has 8 bytes
+        end = picture.fp.read()
     if min(width, height) < min_side:
-        raise DataError(f"{it_has} less than {min_side} on a side")
+        raise DataError(f"path: {name!r} has {width} x {height} pixels, less than {min_side} on a side")
     if width * height > max_image_pixels:  # before anything decodes it: 18 KB can hold 144 megapixels
-        raise DataError(f"{it_has} more than {max_image_pixels:,} in all")
+        raise DataError(f"path: {name!r} has {width} x {height} pixels, more than {max_image_pixels:,} in all")
     if max(width, height) > max_aspect * min(width, height):
-        raise DataError(f"{it_has} an aspect ratio above {max_aspect}")
+        raise DataError(f"path: {name!r} has {width} x {height} pixels, an aspect ratio above {max_aspect}")
     # A truncated file has a fine header. One that ends as it should is whole; any other is decoded to be sure, as
     # some cameras append data of their own.
     if not end.endswith(PICTURE_END.get(kind, ())):
@@ -297,41 +305,33 @@ def _check_row(row, number, ids, find_picture):
             raise DataError(f"{name}: {show(row[name])} is not one of {', '.join(known)}")
 
     problem, solution = _text(row, "problem"), _text(row, "solution")
+    if problem.count("<image>") > (row["data_type"] == "image"):
+        raise DataError(f"problem: has more <image> tags than pictures: {show(problem)}")
+    problem = problem.replace("<image>", "").strip() if "<image>" in problem else problem  # the picture comes first
     if tagged := re.search("(?is)<answer>(.*)</answer>", solution):
         solution = tagged[1]
-    solution = solution.strip()
-    if not solution or re.search("(?i)</?answer>", solution):
+    if not visible(solution) or re.search("(?i)</?(answer|think)>", solution):
         raise DataError(f"solution: must hold one answer, is {show(row['solution'])}")
     options = [] if row.get("options") is None else row["options"]  # exports write null for an empty list
     if not isinstance(options, list):
         raise DataError(f"options: must be a list, is {show(options)}")
-    options = tuple(_text({"options": option}, "options").strip() for option in options)
-    if row["problem_type"] == "multiple choice":
-        _check_choice(solution, options)
-
+    options = [_text({"options": option}, "options").strip() for option in options]
+    _check_truth(row["problem_type"], solution.strip(), options)
     if row["data_type"] == "text" and row.get("path"):
         raise DataError(f"path: is {show(row['path'])}, but data_type is text")
     image = find_picture(_text(row, "path")) if row["data_type"] == "image" else None
     source = _text(row, "data_source") if row.get("data_source") else ""
-    return Example(id, problem, row["problem_type"], options, solution, image, source)
+    return Example(id, problem, row["problem_type"], tuple(options), solution.strip(), image, source)
 
 
-def _check_choice(truth, options):
-    """DataError if the options are no choice, or the truth is surely not among them; in doubt it passes."""
-    if len(set(options)) < max(2, len(options)):
-        raise DataError(f"options: must be two or more, all different, are {show(list(options))}")
-    letters = {label[1].upper() for label in map(LABEL.match, options) if label}
-    letters |= set(string.ascii_uppercase[:len(options)])
-    known, text = {option.casefold() for o in options for option in (o, LABEL.sub("", o, count=1))}, truth.casefold()
-    if text in known:
-        return
-    if named := CHOSEN.fullmatch(truth) or LABEL.match(truth):  # "B", "A,C", "B. cat"
-        beyond = set(re.findall(r"\b[A-Z]\b", named[0].upper())) - letters
-        if beyond:
-            raise DataError(f"solution: {', '.join(sorted(beyond))} is beyond the options {''.join(sorted(letters))}")
-    elif not (any(option in text or text in option for option in known) or any(map(str.isdigit, text))  # 1/2 for 0.5
-              or set(truth) <= letters or letters & set(re.findall(r"\b[A-Z]\b", truth))):  # "AC", "\text{B}"
-        raise DataError(f"solution: {show(truth)} is none of the options {show(list(options))}")
+def _check_truth(problem_type, truth, options):
+    """DataError if no answer could win: the truth, answered, must earn 1. (Words always equal themselves.)"""
+    if problem_type == "numerical" and len(truth) > LONGEST:
+        raise DataError(f"solution: has {len(truth)} characters, no number or short text has more than {LONGEST}")
+    if problem_type == "multiple choice" and len(set(options)) < max(2, len(options)):
+        raise DataError(f"options: must be two or more, all different, are {show(options)}")
+    if problem_type == "multiple choice" and not chosen_options(truth, options):
+        raise DataError(f"solution: {show(truth)} is none of the options {show(options)}, or not only one")
 
 
 # ---------------------------------------------------------------- prompts
@@ -353,7 +353,11 @@ MODEL_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Import
 
 def question_text(example):
     """What the user's turn says: the problem, its options, and the form of the answer."""
-    return "\n".join([example.problem, *example.options, ANSWER_FORM[example.problem_type]])
+    options, (texts, labels, shown) = example.options, lettered(example.options)
+    letters = shown and len(labels) == len(texts) or set(labels) & {text.upper() for text in texts.values()}
+    if example.problem_type == "multiple choice" and not letters:  # which the answer's form asks for
+        options = [f"{letter}. {option}" for letter, option in zip(texts, options)]
+    return "\n".join([example.problem, *options, ANSWER_FORM[example.problem_type]])
 
 
 @dataclass
@@ -385,7 +389,11 @@ class Processor:
         self.special = re.compile(f"({'|'.join(map(re.escape, special))})")
         self.picture = functools.lru_cache(maxsize=64)(self.picture)  # the judge sees the pictures of the policy
         self._rendered = functools.lru_cache(maxsize=64)(self._rendered)
-        pieces = self._rendered((("system", (STAND_IN,)), ("user", (PICTURE, STAND_IN)), ("assistant", (STAND_IN,))))
+        probe = (("system", (STAND_IN,)), ("user", (PICTURE, STAND_IN)), ("assistant", (STAND_IN,)))
+        try:
+            pieces = self._rendered(probe)
+        except (ValueError, TypeError, TemplateError) as error:
+            raise ValueError(f"its chat template (chat_template.jinja or tokenizer_config.json): {error}") from error
         turns = [i for i, piece in enumerate(pieces) if STAND_IN in piece]
         if "<|image_pad|>" not in pieces or len(turns) != 3 or not self.special.fullmatch(pieces[turns[2] + 1]):
             raise ValueError("its chat template doesn't show a system message, a picture and the end of a turn.")
@@ -516,164 +524,269 @@ def digest(examples):
 
 # ---------------------------------------------------------------- text measures
 
-LONGEST = 400  # characters; a longer answer is no number and no option, so the patterns below never see a long text
+# A number or an option is read into tokens once: numbers, names, signs, units, brackets, in one spelling for what
+# Unicode, LaTeX and Markdown write in many (`read`), and without what makes no difference (`fold`): sloppy capitals,
+# brackets that only group. Then numbers compare as numbers, all else as tokens. Tokens are text with spaces between.
 
-SAME_SIGN = str.maketrans("−–—‐‒―⁄∕×·⋅٫٬،、。٪º“”‘’", "------//***.,,,.%°\"\"''")
+LONGEST = 400  # characters; a longer text is no number: its tokens are its words, and no pattern below sees it
+UNSEEN = re.compile("[\xad\u034f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
+SAME_SIGN = str.maketrans("−–—‐‒―⁄∕∶×·⋅∙٫٬،。٪º˚‘’′“”″", "------//:****.,,.%°°'''\"\"\"")
+FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": r"\frac{%s}"}  # NFKC alone: ³ is 3, ₂ is 2, 1½ is 11/2
+GREEK = {unicodedata.name(chr(i)).split()[-1].lower().replace("lamda", "lambda"): chr(i) for i in range(0x3b1, 0x3ca)}
+SIGNS = GREEK | {name.capitalize(): letter.upper() for name, letter in GREEK.items()} | {
+    "frac": r"\frac", "font": r"\font"} | {name[:-1]: name[-1] for name in r"""times* cdot* ast* div÷ pm± mp∓ le≤ leq≤
+    ge≥ geq≥ ne≠ neq≠ lt< gt> approx≈ sim~ equiv≡ cong≅ infty∞ angle∠ triangle△ circ° degree° prime' parallel∥ perp⊥ in∈
+    notin∉ cup∪ cap∩ subset⊂ subseteq⊆ emptyset∅ to→ rightarrow→ leftarrow← uparrow↑ downarrow↓ colon: {⦃ }⦄ varphiφ
+    varepsilonε sqrt√""".split()}
+SAME_WORD = GREEK | {"sqrt": "√", "''": '"', "<=": "≤", ">=": "≥", "!=": "≠", "- ": "–"}  # –: a dash between spaces
 SAME_LATEX = [(re.compile(pattern), plainer) for pattern, plainer in [
-    (r"(?<!\\)\$([^$]*)\$", r" \1 "),                                        # $5$, $$5$$; a lone $ is money
-    (r"\{,\}", ","), (r"\\(?:left|right)(?![a-z])|\\[()\[\],;:! ]|\\quad|(?<=\S)~", " "),
-    (r"\\(?:text|textbf|mathrm|mathbf) ?\{([^{}]*)\}", r" \1"), (r"\\([%$])", r"\1"), (r"\\times|\\cdot", "*"),
-    (r"\\angle", "∠"), (r"\\infty", "∞"), (r"\^?(?:\\circ|\{\\circ\}|\\degree)", "°"),
-    (r"\\pi(?![a-z])|(?<![a-zA-Z\\])pi(?![a-zA-Z])", "π"),
-    (r"\^\{([+-]?\d+)\}", r"^\1 "), (r"(?<=\d) ?[x*] ?(?=10\^)", "*"),        # 3 x 10^{8} is 3*10^8
-    (r"(?:\\sqrt|sqrt|√) ?(?:\{(\d+)\}|\((\d+)\))|\\sqrt ?(\d)", r"√\1\2\3 "),  # roots of whole numbers only
-    (r"\\[dtc]?frac ?(?:\{([^{}]*)\}|([\dπ])) ?(?:\{([^{}]*)\}|([\dπ])) ?(√\d+)? ?(π?)", r" \1\2\5\6/\3\4 "),
-    (r"\\boxed ?\{([^{}]*)\}", r" \1 ")]]
-ANSWER_IS = re.compile(r"^(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:final |correct )?answer ?(?:is:?|[:=]) ?"
-                       r"|^答案[是为]?:? ?|^(?:option|choice)s? ", re.I)
+    (r"(?<!\\)\$([^$]*)\$", r" \1 "), (r"\{,\}|,\\! ?", ","), (r"\\!|`", ""),  # $5$, $$5$$; a lone $ is money
+    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:boxed|fbox|mbox|(?:text|math)[a-z]*|operatorname|emph|rm|bf|it|sf|displaystyle"
+                                  r"|left|right|[bB]igg?|small|large)(?![a-zA-Z])", r"\\font"),
+    (r"\\[,;: ()\[\]\\]|\\q?quad(?![a-z])|(?<=\S)~", " "),
+    (r"\^ ?(?:\{ ?((?:\\circ|\\degree|\\prime|[°'])+) ?\}|(?=\\circ|\\degree|\\prime|[°']))", r"\1 "),
+    (r"(?<![^\s(\[])\*{1,3}(?=\S)|(?<=\S)(?:\*{2,3}(?!\w)|\*$)", "")]]  # **bold**, *italic*
+ANSWER_IS = re.compile(r"^(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:(?:final|correct|right|best) )*"
+                       r"(?:(?:answer|option|choice)s? ?(?:is\b:?|[:=])|(?:option|choice)s?(?= )) ?|^答案[是为]?:? ?", re.I)
+DIGITS = r"(?:(?<![(\[,])(?<!\\\{)[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+"
+TOKEN = re.compile(r"\\[a-zA-Z]+|\\\S|(?<=frac)\d|(?<=frac )\d|(?<=frac\d)\d|(?<=frac \d)\d|"                # \frac12
+                   rf"(?:{DIGITS})(?:[eE][+-]?\d{{1,3}}(?!\d))?|(?<= )- |[A-Z]{{0,2}}\$|''|[<>!]=|"
+                   r"(?:[a-z](?:\.[a-z])+|[A-Z](?:\.[A-Z])+)\b|W(?:'W)*|\S".replace("W", r"[^\W\d_Α-Ψα-λν-ω]+"))
+GROUPS = [(re.compile(pattern), plainer) for pattern, plainer in [  # LaTeX's, the innermost first
+    (r"\\frac (?!\{)(\S+) ", r"\\frac { \1 } "), (r"(\\frac \{ [^{}]*\} )(?!\{)(\S+) ", r"\1{ \2 } "),
+    (r"(\d+ )\\frac \{ (\d+ )\} \{ (\d+ )\} ", r"\1\2/ \3"),
+    (r"\\frac \{ ([^{}]*)\} \{ ([^{}]*)\} ", r"( ( \1) / ( \2) ) "), (r"([_^√] )\{ ([^{}]*)\} ", r"\1( \2) "),
+    (r"(?<!\\frac )(?<!\} )\{ ([^{},]*)\} ", r"\1"), (r"\\font \{ ([^{}]*)\} ", r"\1"),
+    (r"(?<!\\f... )(?<!\} )\{ ([^{},]*,[^{}]*)\} ", r"⦃ \1⦄ "), (r"\\font (?!\{)", "")]]
+SHORT_WORDS = set("am pm no ok up in on at to of or is it as by do go he if me my us be we so an".split())
+IDLE = [(re.compile(pattern), plainer) for pattern, plainer in [                                             # brackets
+    (r"(?<!\S)(?:and|[&,、])(?: (?:and|[&,、]))*(?!\S)", ","), ("–", "-"), (r"(?<!\S)A (?=[^\W\d_]{3})", "a "),
+    (r"^([A-Z]) = (?=\()", r"\1 "), (r"([_^√]) \( (\S+) \)", r"\1 \2"), (r"\^ \( ([+-] \S+) \)", r"^ \1"),   # 10^(-5)
+    (r"""(?<![\w)\]'"°∞] )\( (\S+) \)(?! [\w(√^_])""", r"\1"),                                               # (5)
+    (r"""(?<![\w)\]'"°∞/_^√] )\( ([^()+=<>≤≥≠≈,:;±∓÷→-]*) \)(?! [\w(√^_/])""", r"\1"),                       # -(1/2)
+    (r"""(?<![\w)\]'"°∞/_^√] )\( ((?:- )?[^()+=<>≤≥≠≈,:;±∓÷→/-]*) \)(?= /)""", r"\1"),                       # (2x)/3
+    (r"^\( ((?:[^(),;]|\([^()]*\))*) \)$", r"\1"), (r"^\[ ([^()\[\],;]*) \]$", r"\1")]]
 
 
-def plain(text: str) -> str:
-    """One spelling for what can be written in many: LaTeX, Unicode digits and signs, bold, brackets, 'Answer: '."""
-    # before NFKC, which reads 1½ as 11/2 and 10³ as 103; the spaces keep digits apart that do not make one number
-    text = re.sub("[¼-¾⅐-⅞]", lambda m: f" {unicodedata.normalize('NFKC', m[0])} ", text)
-    text = re.sub("[⁰¹²³⁴-⁹⁺⁻]+", lambda m: f"^{unicodedata.normalize('NFKC', m[0])} ", text)
-    text = unicodedata.normalize("NFKC", text.translate(SAME_SIGN)).translate(SAME_SIGN)
-    text = "".join(str(unicodedata.decimal(c, c)) for c in text if unicodedata.category(c) != "Cf")  # ٥ is 5
+def visible(text: str) -> str:
+    """The text without the characters that nobody sees: zero-width spaces, soft hyphens, a byte order mark."""
+    return UNSEEN.sub("", text).strip()
+
+
+@functools.lru_cache(512)
+def read(text: str) -> str:
+    """The tokens of a number or an option, in one spelling; the words of a text too long for either."""
+    runs = groupby(text[:LONGEST].translate(SAME_SIGN), lambda c: unicodedata.decomposition(c).split(" ")[0])
+    plain = "".join(FORMS.get(kind, "%s") % unicodedata.normalize("NFKC", "".join(run)).replace("⁄", "}{")
+                    for kind, run in runs)
+    if len(text) > LONGEST or len(plain) > 2 * LONGEST:
+        return " ".join(re.findall(r"\w+|[^\w\s]", text.lower().strip(" .")))
+    text = visible("".join(str(unicodedata.decimal(c, c)) for c in plain.translate(SAME_SIGN)))  # ٥ is 5
     for pattern, plainer in SAME_LATEX:
         text = pattern.sub(plainer, text)
     text = " ".join(text.split())
-    for _ in range(4):  # wrappers come in wrappers: **(5)**
-        text = ANSWER_IS.sub("", re.sub(r"(?<!\.)\.$", "", text.strip(" *_`\"'")))
-        if text[:1] + text[-1:] in ("()", "[]", "{}") and not set(text[1:-1]) & set("()[]{},"):  # (2, 3) is a point
-            text = text[1:-1]
-    return text
+    for _ in range(4):  # wrappers come in wrappers: **"5"**
+        text = ANSWER_IS.sub("", re.sub(r"(?<=[^.])\.$", "", text.strip(" _")))
+        text = text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'" else text
+    text = "".join((SIGNS.get(token[1:], token[1:]) if token[0] == "\\" and token[1:] else SAME_WORD.get(
+        token, token.replace(" ", "").replace(",", "") or ",")) + " " for token in TOKEN.findall(text))
+    for pattern, plainer in GROUPS * min(12, text.count("{") + text.count(r"\f")):
+        text = pattern.sub(plainer, text)
+    return text.strip()
 
 
-# Never a sum or a product. Thousands stand in groups of three, set apart by one kind of separator.
-DIGITS = r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:[ ]\d{3})+|\d+)(?!\d)(?:\.\d*)?|\.\d+)"
+def _plain_word(m: re.Match) -> str:
+    word, plain = m[0].lower().replace(".", ""), m[0] in (m[0].lower(), m[0].upper(), m[0].capitalize())  # p.m.
+    return word if word in SHORT_WORDS or len(word) > 2 and plain and m[0] not in UNITS else m[0]
+
+
+@functools.lru_cache(512)
+def fold(tokens: str) -> str:
+    """Tokens without what makes no difference: capitals of plain words, 'and' in a list, idle brackets."""
+    if len(tokens) > 4 * LONGEST:
+        return tokens
+    tokens = re.sub(r"(?<!\S)[^\W\d_]\S*", _plain_word, tokens)
+    for pattern, plainer in IDLE * 4:  # brackets in brackets
+        tokens = pattern.sub(plainer, tokens)
+    return tokens
+
+
 SCALES = {"hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
-NUMBER = re.compile(rf"""
-    (?:(?P<name>[∠△]?[ ]?[^\W\d_]\w*(?:_\{{\w+\}})?(?:\(\w+\))?)[ ]?=[ ]?)?            # x = 5
-    (?P<sign>[+-]?)[ ]?(?P<currency>[$€£¥₹]?)[ ]?(?P<inner_sign>[+-]?)[ ]?             # -$5, $-5
-    (?:(?P<whole>\d+)[ ](?=\d+/\d))?                                                   # the 1 of 1 1/2
-    (?P<top>(?:(?P<base>[1-9]\d{{0,3}})\^(?P<power>[+-]?\d{{1,3}})(?!\d)               # 10^3, 2^10
-             |(?P<digits>{DIGITS})(?:(?:e|\*10\^)(?P<ten>[+-]?\d{{1,3}})(?!\d))?)?     # 3, 3e8, 3*10^8
-            (?:[ *]?√(?P<root>[1-9]\d*))?(?:[ *]?(?P<pi>π))?)                          # 2√3, 12π
-    (?:[ ]?/[ ]?(?:(?P<below>{DIGITS})|√(?P<root_below>[1-9]\d*)|(?P<pi_below>π)))?    # /4, /√2, /π
-    (?:[ ]?(?P<scale>{'|'.join(SCALES)})\b)?[ ]?(?P<unit>.*)""", re.VERBOSE | re.IGNORECASE)
-SAME_UNIT = [(re.compile(pattern, re.I), plainer) for pattern, plainer in [
-    (r"\b(?:square|sq\.?) ([^\W\d_]+)", r"\1^2"), (r"\bcubic ([^\W\d_]+)", r"\1^3"), (r" squared\b", "^2"),
-    (r"(?<=[^\W\d_])(?=[23]\b)", "^"), (r"\bper cent\b", "%"), (r" ?(?:/|\bper\b) ?", "/"),
-    (r"(?:\bdegrees?|°) (?=[cf])", "°")]]
-ONE_UNIT = r"(?:°?[^\W\d_]+|[%°$€£¥₹])(?:\^[23])?"
-UNITS = {form: names.split()[0] for names in (  # the first name of each group stands for all of it
-    "% percent pct|° degree deg 度|°c °celsius|°f °fahrenheit|$ dollar usd|€ euro eur|£ pound gbp|¥ yen yuan 元|₹ rupee"
-    "|cent ¢|m meter metre 米|cm centimeter centimetre 厘米|mm millimeter millimetre|km kilometer kilometre|mi mile"
-    "|in inch inches|ft foot feet|yd yard|g gram|kg kilogram|mg milligram|lb|oz ounce|ton|s sec second|ms millisecond"
-    "|min minute|h hr hour|day|week|month|year yr|L l liter litre|ml milliliter millilitre|cup|mph|rad radian|N newton"
-    "|J joule|W watt|V volt|A amp ampere|Ω ohm|hz hertz|pa pascal|mol mole|unit|people|children|men|women|个|人|岁"
-).split("|") for name in names.split() for form in (name, name + "s")}
-NOT_COUNTED = {"less", "minus", "plus", "this", "perhaps", "always", "and", "not", "than", "from", "are", "about",
-               "half", "halves", "third", "quarter", "ten", "dozen", "pair", "couple", "score", "mln", "lakh", "crore",
-               *SCALES}
+NAME = r"(?:m )?((?:[∠△Δ] )?W(?: [∠△] W)?(?: N)?(?: _ (?:W|N|\( (?:[∠△] )?W \)))?(?: ['\"])*(?: \( \w+ \))?|∠ N) = "
+NAME = NAME.replace("W", r"[^\W\d_π]+").replace("N", r"\d+")
+MONEY = r"[A-Za-z]{0,2}[$£¥₠-⃀]|usd|eur|gbp|jpy|cny|rmb|inr|krw|[Rr]s"
+DECIMAL, POWER = r"\d*\.?\d+(?:[eE][+-]?\d+)?", r"\^ ((?:[+-] )?\d{1,3})"
+VALUE = re.compile(
+    rf"(?:{NAME})?([+-] )?(?:({MONEY}) (?:\. )?)?([+-] )?(\( )?(?=[\d.√π])(?:(\d+) (?=\d+ / \d))?"  # x = -$1 1/2
+    rf"(?:([1-9]\d{{0,3}}) {POWER} |({DECIMAL}) (?:[*x] 10 {POWER} )?)?(?:\* )?(?:√ (\d+) )?(?:\* )?(π )?"  # 2^10, 2√3
+    rf"(?:/ (\( )?(?=[\d.√π])(?:({DECIMAL}) )?(?:\* )?(?:√ (\d+) )?(π )?(?(13)\) ))?"  # /4, /(2π)
+    rf"(?(5)\) )(?:√ (\d+) )?(π )?(?:({'|'.join(SCALES)}) )?(.*)")
+SI = ("m meter metre 米|g gram gramme 克|s second sec|L l liter litre 升|W watt|V volt|A amp ampere|J joule|N newton|bar"
+      "|Pa pascal|Hz hertz|eV|mol mole|Ω ohm|cal calorie|Wh|K kelvin|C coulomb|F farad|T tesla|B byte").split("|")
+PREFIXES = "k kilo 千|M mega|G giga|T tera|P peta|m milli 毫|c centi 厘|d deci|μ micro u|n nano|p pico|h hecto".split("|")
+OTHERS = ("% percent pct|° degree deg 度|°C °c °celsius|°F °f °fahrenheit|mi mile|in inch inches \"|ft foot feet '"
+          "|yd yard|lb pound|oz ounce|t ton tonne|min minute|h hr hour|day|week|month|year yr 岁|km 公里|kg 公斤|cup|rad"
+          "|radian|unit|个|人|¢ cent|$ dollar usd US$|€ euro eur|£ pound gbp|yen jpy 円 ¥|yuan 元 cny rmb ¥|₹ rupee rs inr"
+          "|₩ won krw")
+UNITS, SLOPPY = {}, {}  # what a spelling may mean, as a pound is lb or £; the same by small letters
+for group in [names.split() for names in OTHERS.split("|") + SI] + [
+        [start + name for start in prefix.split() for name in names.split() if (len(start) > 2) == (len(name) > 3)]
+        for prefix in PREFIXES for names in SI]:
+    for form in group + [name + "s" for name in group if len(name) > 1]:
+        UNITS.setdefault(form, set()).add(group[0])
+        SLOPPY.setdefault(form.lower(), set()).add(group[0])
+COUNTED = re.compile(r"(?:W )?(W)(?: of W(?: W)?)?".replace("W", r"[^\W\d_]{3,}"))  # 3 red cubes, 2 rolls of tape
+PLURAL = re.compile(r"\w{2}[^\Ws]s$|^(?:people|men|women|children|mice|geese|teeth|feet|fish|sheep|deer|dice)$")
+NOT_COUNTED = re.compile(
+    r"\b(?:(?:less|minus|plus|this|perhaps|always|and|not|than|from|are|about|half|halves|third|quarter|ten|dozen|pair"
+    r"|couple|score|mln|lakh|crore|gross|time|more|fewer|maybe|over|under|out|other|each|point|fold|hundred|thousand"
+    r"|[mbtr]+illion)s?|\w*(?:four|fif|six|seven|eigh|nin|ten|twelf|teen|tie|hundred|sand|illion)ths?|\w+ly)\b")
+SAME_UNIT = [(re.compile(pattern), plainer) for pattern, plainer in [
+    (r"\b(?:square|sq(?: \.)?) ([^\W\d_]+)", r"\1^2"), (r"\bcubic ([^\W\d_]+)", r"\1^3"), (r" squared\b", "^2"),
+    (r" cubed\b", "^3"), (r"(?:\* )?([^\W\d_]+) \^ - (?=\d)", r"/ \1^"), (r" \^ (?=\d)", "^"),
+    (r"(?<=[^\W\d_]) (?=[23]\b)", "^"), (r"\bper cent\b", "%"), (r"\bper\b", "/"), (r"[*()] ?", ""),
+    (r"\bmph\b", "mi / h"), (r"(?:\bdegrees?|°) (?=[cCfF]\b|celsius|fahrenheit)", "°"), (r"\bk(?:p|m)h\b", "km / h"),
+    (r" (?:old|tall|long|wide|high|deep|thick)$", "")]]
 
 
-def parse_unit(text: str) -> str | None:
-    """One name for a known unit ('sq. meters' is m^2), '' for no unit, the words for counted things, None otherwise."""
+def unit_names(word: str) -> set[str]:
+    """What a unit, or a power of one, may mean in any spelling; with sloppy capitals too, if they leave no doubt."""
+    name, power = re.fullmatch(r"(.*?)(\^\d)?", word).groups("")
+    sloppy = len(name) > 1 and name in (name.lower(), name.upper(), name.title()) and SLOPPY.get(name.lower())
+    money = {name} if re.fullmatch(MONEY, name) else set()
+    return {found + power for found in UNITS.get(name) or (sloppy if sloppy and len(sloppy) == 1 else money)}
+
+
+def parse_unit(text: str, one: bool) -> list[set[str]] | None:
+    """What each word of a unit may mean, [] for no unit; counted things are their words; None if none of these."""
+    if text[:1] == "/" or text in ("B", "C", "F", "K", "T"):  # 5 K may be 5000
+        return None
     for pattern, plainer in SAME_UNIT:
         text = pattern.sub(plainer, text)
-    unit = re.sub(r"°?[^\W\d_]+|[°¢]", lambda m: UNITS.get(m[0] if len(m[0]) == 1 else m[0].lower(), "?"), text)
-    if re.fullmatch(rf"(?:{ONE_UNIT}(?:/{ONE_UNIT})*)?", unit):  # one letter keeps its case: 5 M is not 5 m
-        return unit
-    words = text.lower().split()
-    counted = len(words) <= 2 and all(word.isalpha() and len(word) > 2 for word in words) and NOT_COUNTED.isdisjoint(
-        words + [word.removesuffix("s") for word in words])
-    # plurals only: '3 apples' counts apples, while '3 k', '3 more', '3 tens' and '3 tenths' are not 3
-    return " ".join(words) if counted and re.search(r"\w{3}(?<!th)s$", words[-1]) else None
+    unit = []
+    for place, part in enumerate(text.split("/")):
+        names, noun = [unit_names(word) for word in part.split()], COUNTED.fullmatch(part.strip())
+        if not all(names) or not names and place:
+            if not noun or NOT_COUNTED.search(part) or not (one or place or PLURAL.search(noun[1])):
+                return parse_unit(text.lower(), one) if "/" in text and text.isupper() else None  # KM/H
+            names = [{part.strip()}]
+        unit += [{"/"}] * (place > 0) + names
+    return unit
 
 
-def parse_number(text: str) -> tuple | None:
-    """(name, unit, number), where a number is its sign, its square (a fraction even for 2√3) and its power of π."""
-
-    def fraction(digits: str | None) -> Fraction:
-        return Fraction(re.sub("[, ]", "", digits)) if digits else Fraction(1)
-
-    m = NUMBER.match(plain(text))
-    if not m["top"] or (m["sign"] and m["inner_sign"]) or fraction(m["below"]) == 0:
+@functools.lru_cache(512)
+def parse_number(tokens: str) -> tuple | None:
+    """(name, unit, number) of folded tokens, where a number is its sign, its square (a fraction even for 2√3) and its
+    power of π. Never a sum or a product."""
+    m = VALUE.fullmatch(tokens + " ") if len(tokens) <= 3 * LONGEST else None
+    if not m:
         return None
-    unit, currency = parse_unit(m["unit"]), UNITS.get(m["currency"], "")
-    number = fraction(m["digits"]) * Fraction(m["base"] or 10) ** int(m["power"] or m["ten"] or 0)
-    number /= fraction(m["below"])
-    if unit is None or (currency and unit not in ("", currency)) or (m["whole"] and number >= 1):  # 1 3/2 is no number
+    (name, sign, money, inner_sign, _, whole, base, power, digits, ten, root, pi, grouped, below, root_below, pi_below,
+     root_after, pi_after, scale, unit) = (part.strip() for part in m.groups(""))
+    divisor, root_below = Fraction(below or 1), Fraction(root_below or 1)
+    if (sign and inner_sign) or not divisor * root_below or not grouped and sum(map(bool, m.group(14, 15, 16))) > 1:
         return None
-    number = (number + int(m["whole"] or 0)) * SCALES.get((m["scale"] or "").lower(), 1)
-    positive = number > 0 and "-" not in m["sign"] + m["inner_sign"]
-    square = number ** 2 * fraction(m["root"]) / fraction(m["root_below"])  # √12 = 2√3, 1/√2 = √2/2
-    power_of_pi = bool(number) * (bool(m["pi"]) - bool(m["pi_below"]))
-    return m["name"] or "", unit or currency, (positive, square, power_of_pi)
+    number = Fraction(digits or 1) * Fraction(base or 10) ** int((power or ten or "0").replace(" ", "")) / divisor
+    unit = "" if money and unit_names(unit) == unit_names(money) else unit  # $5 USD
+    meaning = parse_unit(f"{money} {unit}".strip(), number == 1)
+    if meaning is None or money and not re.match("$|per |/ ", unit) or whole and number >= 1:  # 1 3/2 is no number
+        return None
+    number = (number + int(whole or 0)) * SCALES.get(scale, 1)
+    square = number ** 2 * Fraction(root or 1) * Fraction(root_after or 1) / root_below  # √12 = 2√3, 1/√2 = √2/2
+    power_of_pi = bool(number) * (bool(pi) + bool(pi_after) - bool(pi_below))
+    return name, meaning, (number > 0 and "-" not in sign + inner_sign, square, power_of_pi)
+
+
+def _same(a: str, b: str) -> bool:
+    def unnamed(text: str) -> str:  # P(2, 3) is a point
+        return re.sub(r"^[A-Z] (?:' )?(?=\()", "", text) if text[-1:] == ")" and "," in text else text
+
+    a, b = fold(a), fold(b)
+    x, y = parse_number(a), parse_number(b)
+    if not x or not y:
+        return not x and not y and (a == b or unnamed(a) == b or a == unnamed(b))
+    units = not x[1] or not y[1] or len(x[1]) == len(y[1]) and all(map(set.intersection, x[1], y[1]))
+    return units and x[2] == y[2] and (x[0] == y[0] or not x[0] or not y[0])
 
 
 def same_value(answer: str, truth: str) -> bool:
-    """Equal numbers, where a name or unit that only one side states is no difference; or equal text, if neither is one.
-    Lists, points, ranges, ratios, times and dates are text: nothing is evaluated."""
-    if max(len(answer), len(truth)) > LONGEST:
-        return answer.split() == truth.split()
-    a, b = parse_number(answer), parse_number(truth)
-    if a and b:
-        return a[2] == b[2] and all(x == y or not (x and y) for x, y in zip(a[:2], b[:2]))
-    a_text, b_text = (re.sub(r" ?([^\w\s.]) ?", r"\1", plain(text)).lower() for text in (answer, truth))
-    return a is b and a_text == b_text
+    """Equal numbers, where a name or unit that only one side states is no difference; or equal text, if neither is one:
+    lists, points, ranges, ratios, times and dates. Nothing is evaluated."""
+    return _same(read(answer), read(truth))
 
 
-LETTERED = re.compile(r"[(\[]?([a-z])(?:(?:[)\].:]+ ?| )(.*))?")  # B, (B), B., B. 60
+LABEL = re.compile(r"(?:(?:[(\[] (\w+) ([)\]])|(\w+))( [.)\]:,、–])?(?: |$))?(.*)")  # B, (B), B. 60, B (60), 2) cat
 
 
-def chosen_options(answer: str, options: list[str]) -> frozenset[str]:
+def _labelled(tokens: str) -> tuple[str, str, str]:
+    bracketed, closing, label, separator, rest = LABEL.match(tokens).groups("")
+    return (bracketed + label).upper(), closing or separator.strip(), rest
+
+
+def lettered(options: Sequence[str]) -> tuple[dict[str, str], dict[str, str], bool]:
+    """Texts of options by letter, the one they show or by place; letters by label, a letter or number; is any shown."""
+    labels, separators, texts = zip(*map(_labelled, map(read, options))) if options else ((), (), [""] * 26)
+    shown = "".join(sorted(labels)) in string.ascii_uppercase and len("".join(labels)) == len(options) and all(
+        separator.strip(",") or not text for separator, text in zip(separators, texts))
+    numbered = list(labels) == [str(i + 1) for i in range(len(options))] and all(s and s in ".)]、" for s in separators)
+    letters = labels if shown and options else string.ascii_uppercase[:len(texts)]
+    texts = dict(zip(letters, texts if shown or numbered else map(read, options)))
+    return texts, dict(zip(letters, letters)) | (dict(zip(labels, letters)) if numbered else {}), shown or numbered
+
+
+def chosen_options(answer: str, options: Sequence[str]) -> frozenset[str]:
     """The letters of the options that an answer names, by letter or by text; empty if it hedges or repeats itself."""
-    letters = string.ascii_lowercase[:len(options) or 26]
-    texts = dict(zip(letters, [plain(option).lower() for option in options] or [""] * 26))
-    lettered = [m for m in map(LETTERED.fullmatch, texts.values()) if m]
-    if has_letters := sorted(m[1] for m in lettered) == list(letters):  # 'A. 40'
-        texts = {m[1]: m[2] or "" for m in lettered}
+    texts, labels, shown = lettered(options)
 
     def named(part: str) -> str | None:
-        part = plain(part).lower()
-        letter, rest = m.groups() if (m := LETTERED.fullmatch(part)) else (None, None)
-        owners = [owner for owner, text in texts.items() if text and text == part]
-        if letter in texts and (rest == texts[letter] if rest else has_letters or not owners):
+        part = re.sub("^(?:option|choice) ", "", part, flags=re.I)
+        label, _, rest = _labelled(part)
+        letter = labels.get(label)
+        if letter and (_same(rest, texts[letter]) if rest else shown or label != part.upper()):
             return letter  # 'B' or 'B. 60', but not 'B' with another option's text
-        return owners[0] if len(owners) == 1 else None
+        for same in (str.__eq__, lambda a, b: fold(a) == fold(b), _same):  # to the letter, if options differ in case
+            owners = [owner for owner, text in texts.items() if text and same(text, part)]
+            if owners:
+                return owners[0] if len(owners) == 1 else None
+        return None if rest else letter
 
-    answer = plain(answer) if len(answer) <= LONGEST else ""
-    if named(answer):
-        parts = [answer]
-    elif re.fullmatch("[A-Za-z]{2,}", answer):  # 'AC'
-        parts = list(answer)
+    tokens = read(answer) if len(answer) <= LONGEST + max(map(len, options), default=0) else ""
+    in_order, capitals = list(tokens) == sorted(tokens), tokens.isupper()
+    if named(tokens):
+        parts = [tokens]
+    elif tokens.isalpha() and (in_order or capitals if options else in_order and capitals):  # 'AC', but no other word
+        parts = list(tokens)
+    elif all(token.upper() in labels for token in tokens.split()):  # 'A C'
+        parts = tokens.split()
     else:
-        parts = re.split(r"(?: ?(?:[,;&]|\band\b) ?)+", answer)
-    chosen = [named(part) for part in parts]
+        parts = [*filter(None, re.split(r"(?:(?:^| )(?:and|[&,;、])(?= ))+ ", f"{tokens} "))]
+    chosen = [named(part.strip()) for part in parts] if len(parts) <= len(texts) else []
     return frozenset(chosen) if all(chosen) and len(set(chosen)) == len(chosen) else frozenset()
 
 
-def numbered(a, b):
-    """Two lists of words as arrays of numbers, equal where the words are; the shorter list first."""
-    numbers = {word: n for n, word in enumerate({*a, *b})}
-    return [np.array([numbers[word] for word in words], np.int32) for words in sorted((a, b), key=len)]
+def word_places(words: list[str]) -> dict[str, int]:
+    """For each word, a number with a one in bit i if the word stands at place i."""
+    places = {}
+    for i, word in enumerate(words):
+        places[word] = places.get(word, 0) | 1 << i
+    return places
 
 
 def word_error_rate(answer: str, truth: str) -> float:
-    """Word edits that turn the answer into the truth, per word of the truth; exact up to 20."""
+    """Word edits that turn the answer into the truth, per word of the truth; exact up to 20 (Myers' bit vectors)."""
     words, target = answer.split(), truth.split()
     if len(words) > 21 * len(target):  # a loop: the surplus alone is a rate above 20, and exp(-20) is 2e-9
         return (len(words) - len(target)) / len(target)
-    shorter, longer = numbered(words, target)
-    row = np.zeros(len(longer) + 1, np.int32)  # of the edit table, place j less j: words put in then cost nothing
-    for word in shorter:
-        row[1:] = np.minimum(row[1:] + 1, row[:-1] - (longer == word))  # leave the word out, or replace or keep it
-        row[0] += 1
-        row = np.minimum.accumulate(row)  # or put words in
-    return int(row[-1] + len(longer)) / len(target)
+    places, full, edits = word_places(target), (1 << len(target)) - 1, len(target)
+    up, down = full, 0  # bit i: in this column of the edit table, row i + 1 is one more, or one less, than row i
+    for word in words:
+        here = places.get(word, 0)
+        diagonal = (((here & up) + up) ^ up) | here | down
+        right_up, right_down = down | ~(diagonal | up) & full, diagonal & up
+        edits += (right_up >> len(target) - 1) - (right_down >> len(target) - 1)
+        right_up, right_down = (right_up << 1 | 1) & full, right_down << 1 & full
+        up, down = right_down | ~(here | down | right_up) & full, right_up & (here | down)
+    return edits / len(target)
 
 
 def rouge_words(text: str) -> list[str]:
@@ -691,12 +804,14 @@ def rouge_words(text: str) -> list[str]:
 
 
 def longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    """Its length, by the rows of the usual table."""
-    shorter, longer = numbered(a, b)
-    row = np.zeros(len(longer) + 1, np.int32)
-    for word in shorter:
-        row[1:] = np.maximum.accumulate(np.maximum(row[1:], row[:-1] + (longer == word)))
-    return int(row[-1])
+    """Its length, bit-parallel: each zero bit of `free` is one more matched place of b."""
+    places, full = word_places(b), (1 << len(b)) - 1
+    free = full
+    for word in a:
+        if word in places:
+            here = free & places[word]
+            free = (free + here | free - here) & full
+    return len(b) - free.bit_count()
 
 
 def rouge(answer: str, truth: str) -> float:

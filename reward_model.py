@@ -159,7 +159,7 @@ def filter_rows(rows, longest=4000):
     for row in rows:
         thinking, end, _ = row["response"].partition("</think>")
         if end and re.search(r"\w", thinking.replace("<think>", "")) and len(row["response"]) <= longest:
-            kept.setdefault((row["id"], row["response"]), row)
+            kept.setdefault((row["id"], row.get("image"), row["response"]), row)
     return list(kept.values())
 
 

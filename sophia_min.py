@@ -132,8 +132,8 @@ def outcome_reward(response: str, solution: str, problem_type: str, options: lis
     truth. `solution` may carry <answer> tags. Raises ValueError for an unknown type."""
     if problem_type not in data.PROBLEM_TYPES:
         raise ValueError(f"unknown problem_type {problem_type!r}, known are {', '.join(data.PROBLEM_TYPES)}")
-    answer = extract_answer(response)
-    truth = solution.strip().removeprefix("<answer>").removesuffix("</answer>").strip()
+    answer = data.visible(extract_answer(response) or "")
+    truth = data.visible(solution.strip().removeprefix("<answer>").removesuffix("</answer>"))
     if not answer or not truth:
         return 0.0
     if problem_type == "numerical":
@@ -573,10 +573,10 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
                            dtype=torch.float64)  # R^o [Q, G], section 3.3
     thinking = judge.score(examples, groups).double() if judge else torch.full_like(outcome, math.nan)  # R^t, 3.2
     times.append(time.time())
-    trust = [trusted(*group, config.trust) for group in zip(outcome, thinking)]  # gamma, Eq. 1-3
+    trust = [trusted(*group, config.trust) for group in zip(outcome, thinking)]  # (R^t, gamma) [Q], Eq. 1-3
     rewards = torch.stack([
-        combined_reward(right, sound, step, config.steps, config.alpha, anneal=config.anneal, gamma=gamma)
-        for right, (sound, gamma) in zip(outcome, trust)])  # R [Q, G], Eq. 5
+        combined_reward(group, scores, step, config.steps, config.alpha, anneal=config.anneal, gamma=gamma)
+        for group, (scores, gamma) in zip(outcome, trust)])  # R [Q, G], Eq. 5
     if not rewards.isfinite().all():
         raise FloatingPointError("a reward is not finite")
     advantages = torch.stack([group_advantages(group) for group in rewards])  # A [Q, G], Eq. 6
@@ -664,15 +664,16 @@ def load(name, config):
             raise ValueError(f"it is a {kind}, and this code trains {', '.join(FAMILIES)}.")
         processor = data.Processor.from_pretrained(name, config.max_pixels)
         model, report = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, output_loading_info=True)
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True)
         for fault in ("missing", "mismatched", "unexpected"):
             if keys := sorted(map(str, report[f"{fault}_keys"])):
-                raise ValueError(f"{len(keys)} weights are {fault} in its safetensors, first {', '.join(keys[:3])}.")
+                raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {', '.join(keys[:3])}.")
         if len(processor.tokenizer) > len(model.get_input_embeddings().weight):
             raise ValueError("its tokenizer has more tokens than its model has embeddings.")
     except data.MODEL_ERRORS as error:
         network = "" if Path(name).exists() else " Is there such an id, and a network or a cached copy?"
-        raise SystemExit(f"{name} can't be used: {' '.join(str(error).split())[:400]}{network}") from error
+        file = "its *.safetensors are damaged: " * isinstance(error, data.SafetensorError)
+        raise SystemExit(f"{name} can't be used: {file}{' '.join(str(error).split())[:400]}{network}") from error
     eos = model.generation_config.eos_token_id
     ends = [processor.turn_end, *(eos if isinstance(eos, list) else [eos] * (eos is not None))]
     model.generation_config.eos_token_id = list(dict.fromkeys(ends))

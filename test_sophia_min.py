@@ -101,9 +101,9 @@ GOOD_ROWS = [  # what a row changes, what changes in its Example
         ("<answer>x < y</answer>", "x < y"), ("<Answer>5</ANSWER>", "5"), ("<answer>a\nb</answer>", "a\nb")]],
     *[(choice(f"<answer>{truth}</answer>", *options), choice(truth, *options)) for truth, *options in [
         *[(truth, *ANIMALS) for truth in (
-            "B", "b", "(B)", "B.", "A,C", "A, C", "A and C", "AC", "A,B,C", "ABC", "B. cat", "cat", "Cat", "B. a cat",
-            "a cat", r"$\text{B}$")],
-        ("cat", "A. a cat", "B. dog"), ("1/2", "A. 0.5", "B. 0.25"), ("E", "D. dog", "e) cat"), ("B", "dog", "cat"),
+            "B", "b", "(B)", "B.", "A,C", "A, C", "A and C", "AC", "A,B,C", "ABC", "B. cat", "cat", "Cat",
+            r"$\text{B}$")],
+        ("1/2", "A. 0.5", "B. 0.25"), ("E", "D. dog", "e) cat"), ("B", "dog", "cat"),
         ("I", "A. I", "B. you"), ("z", "x", "z"), ("aa", "Aa", "aa"), ("dog", "a) dog", "b) cat"), ("NO", "YES", "NO"),
         ("dog: brown", "dog: brown", "cat"), ("Z", *map(str, range(26)))]]]
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
@@ -125,9 +125,9 @@ BAD_ROWS = [  # what a row changes, or what stands in its place; the field and s
         ("path", "can't be read as a picture", "images/text.png", "images/empty.png"),
         ("path", "cannot identify", "images/e.eps")] for value in values],  # decoding it would start Ghostscript
     *[(choice(truth, *options), name, words) for name, words, truth, *options in [
-        *[("solution", "beyond", truth, *ANIMALS) for truth in ("d", "(D)", "A,D", "D. owl")],
+        *[("solution", "none of", truth, *ANIMALS) for truth in ("d", "(D)", "A,D", "D. owl")],
         *[("solution", "none of the options", truth, *ANIMALS) for truth in ("zebra", "ZX")],
-        ("solution", "D is beyond the options ABC", "D", *ANIMALS), ("solution", "beyond", "E", "see E. coli", "dog"),
+        ("solution", "none of the options", "D", *ANIMALS), ("solution", "none of", "E", "see E. coli", "dog"),
         ("solution", "none of the options", "big owl", "big a) owl", "dog"),  # a label only counts at the start
         ("options", "two or more", "A"), ("options", "two or more", "A", "A. dog"),
         ("options", "different", "A", "A", "A"), ("options", "different", "A", "A", " A ", "B")]]]
@@ -316,10 +316,6 @@ SEEN = [  # file name, content (a picture; an array and its type; a whole file),
       for name, dtype in [("x.png", "<u2"), ("x.tif", "<u2"), ("x.tif", ">u2"), ("x.pgm", "<u2")]
       for values, grey in [(range(0, 65536, 257), range(256)), ([25700] * 2, [100] * 2), ([256, 65535], [1, 255]),
                            ([0, 100, 255], [0, 100, 255])] if name != "x.pgm" or values[-1] > 255],
-    *[("x.tif", ([values], dtype), {}, [grey]) for dtype, values, grey in [  # 32 bits: each picture's own range
-        ("i4", [0, 65535], [0, 255]), ("i4", [-100, 0, 100], [0, 128, 255]), ("i4", [0, 10 ** 6], [0, 255]),
-        ("i4", [0, 100], [0, 100]), ("f4", [0, 0.5, 1], [0, 128, 255]), ("f4", [0, 510], [0, 255]),
-        ("f4", [3, 3], [0, 0]), ("f4", [np.nan, 1, 2, np.inf, -np.inf], [0, 128, 255, 0, 0])]],
     ("x.png", (RED, "u1"), {"exif": EXIF[6]}, [[255], [(200, 0, 0)], [(244, 204, 204)]]),  # transparency is white
     ("x.png", Image.new("LA", (1, 1)), {}, [[255]]), ("x.png", PALETTE, {"transparency": b"\xff\0"}, [[9, 255]]),
     *[(name, PALETTE, {"transparency": 0}, [[255, (50, 60, 70)]]) for name in ("x.png", "x.gif")],
@@ -338,6 +334,8 @@ SEEN = [  # file name, content (a picture; an array and its type; a whole file),
 
 
 @pytest.mark.filterwarnings("error")
+
+
 @pytest.mark.parametrize("name, content, saved, pixels", SEEN, ids=lambda value: str(value)[:20])
 def test_pictures_as_a_person_sees_them(tmp_path, name, content, saved, pixels):
     if isinstance(content, bytes):
@@ -348,6 +346,80 @@ def test_pictures_as_a_person_sees_them(tmp_path, name, content, saved, pixels):
     expected = np.array([[pixel if isinstance(pixel, tuple) else [pixel] * 3 for pixel in row] for row in pixels])
     assert picture.mode == "RGB" and np.shape(picture) == expected.shape
     assert abs(np.asarray(picture).astype(int) - expected).max() <= (8 if name == "x.jpg" else 0)
+
+
+def tiff(values, bits, tags):
+    """An uncompressed grey TIFF by hand: one strip of 2 x 3 pixels, unless `tags` say otherwise."""
+    entries = {256: 3, 257: 2, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 274: 1, 277: 1, 279: len(values)}
+    entries |= tags
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    return b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + bytes(values)
+
+
+def test_pictures_are_right_or_refused(tmp_path):
+    """What Pillow reads without a word, and wrongly."""
+    path, stored = tmp_path / "x.tif", np.array([[0, 50, 100], [150, 200, 250]])
+    for turn, seen in ((5, stored.T), (6, stored[::-1].T), (7, stored[::-1, ::-1].T), (8, stored[:, ::-1].T)):
+        for bits, scale in ((8, "<u1"), (16, "<u2")):
+            path.write_bytes(tiff((stored * (257 if bits == 16 else 1)).astype(scale).tobytes(), bits, {274: turn}))
+            assert np.array_equal(np.asarray(data.open_picture(path))[..., 0], seen)
+    refused = {"inverse.tif": tiff(bytes(12), 16, {262: 0}), "12.tif": tiff(bytes(3), 12, {256: 2, 257: 1}),
+               "4.png": png(2, 1, 4, 0, b"\0\x35", b"\0\3"),
+               "2.png": png(2, 1, 2, 0, b"\0\x70", b"\0\1"),
+               "16.png": png(1, 1, 16, 2, b"\0" + bytes(6), b"\x80" + bytes(5))}
+    for name, values in (("i.tif", np.int32([[0, 9]])), ("f.tif", np.float32([[0, 0.5]]))):
+        Image.fromarray(values).save(tmp_path / name)
+        refused[name] = (tmp_path / name).read_bytes()
+    for name, kind in (("x.avif", "AVIF"), ("x.jp2", "JPEG2000")):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+        refused[name] = (tmp_path / name).read_bytes()
+        with pytest.raises(data.DataError, match=kind):
+            data.open_picture(tmp_path / name)
+    for name, content in refused.items():
+        (tmp_path / name).write_bytes(content)
+        for look in (data.open_picture, lambda path: data.check_picture(str(tmp_path), path.name, 200, 10_000, 1)):
+            with pytest.raises(data.DataError, match=f"{name}.*save it as 8-bit PNG or JPEG"):
+                look(tmp_path / name)
+    for alpha, seen in ((0, [[30, 20, 10], [60, 50, 40]]), (255, [[255] * 3, [60, 50, 40]])):  # 0 everywhere: opaque
+        header = struct.pack("<IiiHHIIiiIIIIII", 56, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0, 0xff0000, 0xff00, 0xff, 0xff000000)
+        (tmp_path / "a.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 78, 0, 0, 70) + header
+                                         + bytes([10, 20, 30, 0, 40, 50, 60, alpha]))
+        assert np.asarray(data.open_picture(tmp_path / "a.bmp"))[0].tolist() == seen
+
+
+PICTURES = Path(__file__).resolve().parent / "../shared/pictures.json"
+
+
+@pytest.mark.skipif(not PICTURES.exists(), reason="a clone stands alone: the test above makes such files")
+def test_shared_pictures(tmp_path):
+    for case in json.loads(PICTURES.read_text("utf-8")):
+        path = tmp_path / case["name"]
+        path.write_bytes(base64.b64decode(case["file_base64"]))
+        try:
+            assert np.abs(np.asarray(data.open_picture(path)).astype(int) - case["expected_rgb"]).max() <= case["tolerance"], case["id"]
+        except data.DataError as error:
+            assert path.name in str(error) and "guard" not in case["note"]
+
+
+def test_a_wrong_byte_in_the_middle_of_a_png_is_found(tmp_path):
+    path, rng = tmp_path / "x.png", random.Random(0)
+    Image.new("RGB", (200, 200), "red").save(path)  # zlib alone lets a quarter pass
+    whole = path.read_bytes()
+    for at in [rng.randrange(50, len(whole) - 20) for _ in range(50)]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1:])
+        with pytest.raises(data.DataError, match="x.png"):
+            data.open_picture(path)
+
+
+def test_every_row_can_be_won_and_options_are_shown_with_letters(rows_in):
+    for kind in ("numerical", "OCR", "free-form", "text"):
+        for solution in ("x > 5", "red, blue", "...", "½", "\\", "1/0", "(", "Denali"):
+            example, = rows_in(paper_row(problem_type=kind, solution=solution, problem="How many?\n<image>"))
+            assert outcome_of(example.solution, example.solution, kind) == 1 and example.problem == "How many?"
+    for options, shown in ((["dog", "cat"], "A. dog\nB. cat"), (["1. dog", "2. cat"], "A. 1. dog\nB. 2. cat"),
+                           (["(A) dog", "(B) cat"], "(A) dog\n(B) cat"), (["B", "A"], "\nB\nA\n"),
+                           (["O", "A"], "\nO\nA\n")):
+        assert shown in data.question_text(rows_in(paper_row(**choice(options[0], *options)))[0])
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="a clone stands alone: the tests above make rows of their own")
@@ -427,6 +499,32 @@ The answer is 5. | 5 ;; **5** | 5 ;; Answer: **5** | 5 ;; So, the final answer i
 AB = 5 | 5 ;; \angle ABC = 30^\circ | 30 ;; x_{1} = 5 | 5 ;; f(2) = 5 | 5 ;; \boxed{x = 5} | 5 ;; x = -5 | -5
 (2, 3) | \left(2,3\right) ;; [5, 6) | [5,6) ;; 1：2 | 1 : 2 ;; 12 : 30 PM | 12:30 pm ;; Red | red ;; ≈5 | ≈ 5
 5 or 6 | 5   or 6 ;; 3 to 4 | 3 to 4
+Tuesday | tuesday ;; NORTH | north ;; Isosceles Triangle | isosceles triangle ;; 3:15 pm | 3:15 PM ;; Blue | BLUE
+110₂ | 110_2 ;; 77₈ | 77_{8} ;; 21_{3} | 21_3 ;; a₁ = 4 | 4 ;; x_2 | x₂
+\sqrt { 58 } | √58 ;; 2 ^ 5 | 32 ;; 3 \pi + 7 | 3π+7 ;; \frac { 7 } { 9 } | 7/9 ;; 4 \sqrt { 5 } | 4√5
+25,\!000 | 25000 ;; 1,\!234,\!567 | 1234567 ;; 7,\! 500 | 7500 ;; 3{,}600 | 3600 ;; 48\,000 | 48000
+x \neq 4 | x ≠ 4 ;; 9 \div 2 | 9 ÷ 2 ;; x \in A | x ∈ A ;; AB \parallel CD | AB ∥ CD ;; 7 \mp 1 | 7 ∓ 1
+\alpha + \beta | α+β
+\alpha = 45^\circ | 45 ;; m\angle 2 = 55^{\circ} | 55 ;; \angle B = 20 | 20° ;; S_{\triangle DEF} = 12 | 12
+v_{0} = 9 | v_0 = 9 ;; \lambda = 2 | 2
+(3√5)/4 | \frac{3\sqrt{5}}{4} ;; -(3/8) | -3/8 ;; (5)/(6) | 5/6 ;; (π)/3 | π/3 ;; 7/(2π) | \frac{7}{2\pi}
+(2/3)π | \frac{2\pi}{3} ;; (x+2)/5 | \frac{x+2}{5}
+4 × 10^(-3) | 0.004 ;; 10^(4) | 10000 ;; 2^(3) | 8 ;; x^(2) | x^{2} ;; 6*10^{(2)} | 600
+8 mV | 8 ;; 15 GHz | 15 ;; 6 kΩ | 6 ;; 400 μm | 400 micrometers ;; 3 kilojoules | 3 kJ ;; 7 keV | 7 ;; 2 hPa | 2
+4 N/m | 4 ;; 5 kg·m^2 | 5 ;; 8 J/(kg·K) | 8 ;; 40 kilometers per hour | 40 km/h ;; 9.8 m s^{-2} | 9.8 m/s²
+70 MPH | 70 ;; 3 kWh | 3
+14 pages per minute | 14 ;; $12 per hour | 12 ;; 6 cookies per child | 6 ;; $4/lb | 4 ;; 30 students per class | 30
+7 per week | 7
+1 orange | 1 ;; 12 slices of bread | 12 ;; 6 months old | 6 ;; 4 geese | 4 ;; 3 teeth | 3 ;; 15 cm long | 15
+2 loaves of bread | 2
+12 lbs | 12 pounds ;; £9 | 9 pounds ;; 3 pounds | 3 lb ;; 20 lb | 20 ;; 6 pounds per day | 6 lb per day
+Rs 80 | 80 ;; ₽75 | 75 ;; US$40 | 40 dollars ;; EUR 30 | €30 ;; ₹60 | 60 rupees ;; ₪5 | 5 ;; -₩700 | -700
+4, 5 and 6 | 4, 5, 6 ;; red and blue | red, blue ;; 7, and 8 | 7, 8 ;; x, y, and z | x, y, z ;; 2, 3, & 5 | 2, 3, 5
+5∶8 | 5:8 ;; 2 ∶ 3 ∶ 4 | 2:3:4 ;; 1∶10 | 1 : 10 ;; 7：9 | 7∶9 ;; 3 \colon 5 | 3:5
+\textstyle \frac{3}{5} | 3/5 ;; {\rm 48} | 48 ;; \mathbf{9} | 9 ;; \textit{7} | 7 ;; 6 \ \mathsf{cm} | 6 cm
+\large 12 | 12 ;; \mathbb{R} | ℝ
+A(4, -1) | (4, -1) ;; Q(0,5) | (0, 5) ;; B = (1, 2) | (1, 2) ;; C(1/2, 3) | C(1/2,3) ;; (7, 8) | M(7,8)
+x^{2} | x^2 ;; 3^{k} | 3^k ;; a_{n} | a_n ;; {x} + 1 | x+1 ;; \{a, b\} | {a, b} ;; \{3\} | \{ 3 \}
 """)
 DIFFERENT = pairs(r"""
 -5 | 5 ;; −5 | 5 ;; 56 | 5 ;; 15 | 5 ;; 0 | 5 ;; 1,234 | 1.234 ;; 0.5 | 50 ;; 5% | 50% ;; \frac{1}{0} | 5 ;; 1½ | 5.5
@@ -455,6 +553,21 @@ x != 5 | 5 ;; x = 5 or x = 6 | 5 ;; x = 5, y = 6 | 5 ;; x = y = 5 | 5 ;; y = 5 |
 π | 3.14 ;; π | 22/7 ;; √2 | 1.414 ;; 2√3 | 2 ;; -√2 | √2 ;; 1/2π | π/2 ;; 1/3 | 0.333 ;; 0.333... | 0.333
 \sqrt[3]{8} | 8 ;; \sqrt{-4} | 2 ;; 2\pi | 2/\pi ;; 1e9999 | 5 ;; 10^9999 | 5 ;; 2^2^2 | 16 ;; 5e | 5 ;; e5 | 5
 3e8 | 3e9 ;; nan | 5 ;; five | 5 ;; The answer is not 5 | 5 ;; The answer is 5 or 6 | 5 ;; 3 of 5 | 3 ;; #5 | 5
+The answer is not 5 | 5 ;; The answer is 5 or 6 | 5 ;; 3 of 5 | 3 ;; #5 | 5 ;; 8 Mbar | 8 mbar
+7 GW | 7 gW ;; 3 Mg | 3 mg ;; R/r | r/R ;; 4 MJ | 4 mJ ;; XY - xy | xy - XY
+7' | 7" ;; 12" | 12 feet ;; 8′ | 8 inches ;; y' | y ;; f'' | f' ;; 9″ | 9′
+110₂ | 1102 ;; 77₈ | 778 ;; 21_3 | 213 ;; 1F₁₆ | 1F16 ;; 1001_{2} | 10012
+80 yuan | 80 yen ;; 80元 | 80円 ;; 12 RMB | 12 yen ;; JPY 90 | 90 yuan ;; 7 yen | 7元
+x \leq 4 | x < 4 ;; 3 \pm 1 | 3 \mp 1 ;; \alpha | \beta ;; A \cup B | A \cap B ;; \theta | \Theta
+\alpha = 45 | \beta = 45 ;; 3\alpha = 45 | 45 ;; \angle A = 30 | \angle B = 30 ;; \sin x = 1 | 1
+S_{1} = 4 | S_{2} = 4 ;; 2(3) | 6 ;; (3)(4) | 12 ;; 1/2(3) | 1/6 ;; -(2-5) | 3 ;; 2(1/2) | 2.5 ;; (x+2)/5 | x+2/5
+5 km/h | 5 m/s ;; 5 N·m | 5 N/m ;; 3 kJ | 3 J ;; 2 mm | 2 nm ;; 6 Mk | 6 ;; 4 kg·m | 4 kg/m
+-6 cookies per child | 6 ;; 6 cookies per child | 6 cookies per adult ;; $4 per day | €4 per day ;; 4 per 5 | 4
+14 per cent | 14 per day
+2 gross | 2 ;; 1 more | 1 ;; 6 times | 6 ;; 5 hundreds | 5 ;; 1 third | 1 ;; 3 exactly | 3 ;; 2 sixths of it | 2
+7 or so | 7 ;; 4 squared | 4 ;; £9 | 9 lb ;; 3 lb | £3 ;; 5 pounds | 5 kg ;; 5 pounds | 5 dollars ;; £4 | €4
+4 and 5 | 4 ;; 4 or 5 | 4, 5 ;; 1, 2, and 3 | 1, 2, 4 ;; 4, 5 | 5, 4 ;; 1 and 234 | 1,234
+A(4, 1) | B(4, 1) ;; A(1, 4) | (4, 1) ;; f(2) | 2 ;; A(5) | 5 ;; (1,234) | 1234
 """)
 
 
@@ -465,6 +578,32 @@ def test_numbers():
     assert data.same_value("5\u200b", "5") and outcome_of("\n5\n", "  5", "numerical") == 1  # a space of no width
 
 
+OPTION_TABLE = [row.split(" | ") for row in r"""
+A. 25 ; B. 35 ; C. 45 ; D. 55 | A,B,D | ABD ; d, b, a | bad ; dab ;;; RR ; Rr ; rr | Rr | B ; Rr | RR ; rr ; rR ; A ;;;
+A. No ; B. NO | A | No | NO ;;; AABB ; aabb | aabb | aabb ; B | AABB ;;; a. v = V ; b. V = v | b | V = v | v = V ;;;
+M ; m | m | m | M ;;; 1. oak ; 2. elm ; 3. ash | 3 | 3 ; 3. ash ; (3) ; ash ; C ; 3) ash ; 3. | 2 ; elm ; B ; 3. elm ;;;
+(1) 15 ; (2) 25 | (1) | 1 ; 15 ; (1) 15 | 2 ; 25 ;;; 1) x ; 2) y | 2 | 2 ; y ; B | 1 ;;; 1、山 ; 2、河 | 2 | 河 ; 2 ;
+2、河 | 山 ;;;
+1. 3 ; 2. 1 ; 3. 2 | 2 | 2 ; 2. 1 | 3 ; 1 ;;; [A] 5 ; [B] 7 | B | 7 ; B ; [B] 7 | 5 ;;; A: 5 ; B: 7 | 7 | B | A ;;;
+a、5 ; b、7 | b | 7 ; B | 5 ;;; A - 5 ; B - 7 | B | 7 | 5 ;;; A．5 ; B．7 | 7 | B ; B．7 | A ;;; C) 5 ; D) 7 | D | 7 ; d |
+C ;;;
+A. 9 m ; B. 8 m | A | 9m ; A. 9m | 8m ;;; $2 \sqrt{3}$ ; $3 \sqrt{2}$ | B | 3\sqrt{2} ; 3√2 | 2√3 ;;;
+[1, 2] ; [1, 3] | A | [1,2] | [1,3] ;;; A. x > 1 ; B. x < 1 | B | x<1 ; B. x<1 | x>1 ;;;
+p = 3q + 2 ; p = 3q - 2 | B | p=3q-2 | p=3q+2 ;;; A. .75 ; B. .25 | B | 0.25 ; B. 1/4 | 0.75 ;;;
+2,500 ; 250 | A | 2500 | 250 ;;; 12 cm ; 14 cm | B | 14 | 12 ; 14 m ;;; A. 30° ; B. 60° | A | 30 ; A. 30 | 60 ;;;
+5 cm ; 5 m | A | A ; 5 cm | 5 ; 5 m ;;; 5.0 ; 5 | A | A ; 5.0 | 5 ; B ;;;
+A. 25 ; B. 35 ; C. 45 ; D. 55 | C | C (45) ; C - 45 ; C – 45 ; **C.** 45 ; **C**: 45 ; **C** 45 ; *C* ; (C): 45 ;
+C, 45 ; __C__ | C (35) ; C - 55 ; C -45 ; **C.** 25 ;;;
+A. 25 ; B. 35 ; C. 45 ; D. 55 | D | The right option is D ; The correct choice is: D ; My choice is D. ;
+Correct answer: D ; Option: D | The correct option isn't D ; The right option is A ; The wrong option is D ;
+The answer is D or A ; No option is D ;;;
+A. < ; B. > ; C. = | B | > ; B. > | < ; = ;;; + ; - ; * ; / | C | * ; × ; \times ; C | + ; / ;;; ∪ ; ∩ | B | \cap |
+∪ ;;;
+A. ? ; B. ! | A | ? | ! ;;; ↑ ; ↓ | ↓ | ↓ ; B | ↑ ;;; A. 3/4 ; B. 1/4 | 0.75 | A ; 3/4 | B ;;;
+A. 15 kg ; B. 25 kg | 25 | B | A ;;; A. 25 ; B. 35 ; C. 45 ; D. 55 | A D | A, D ; AD | A ; D ;;;
+$4 \pi$ ; $8 \pi$ | 8π | B | A ;;; A. 12,000 ; B. 1,200 | 12000 | A | B ;;;
+A. $\frac{2}{5}$ ; B. $\frac{5}{2}$ | 2/5 | A ; 0.4 | B
+""".strip().replace("\n", " ").split(" ;;; ")]
 OPTIONS = [  # options, truth, right answers, wrong answers
     (SIZES, "B", ["B", "b", "(b)", "B\n", "B.", "B)", "B:", "(B) 60", "B) 60", "B 60", "B: 60", "B: 60.", "60", "(60)",
                   "$60$", "[B]", "[B] 60", "Ｂ", "（B）", "“B”", "'B'", '"B"', "`B`", "**B**", "**B. 60**", "$B$", "B。",
@@ -496,7 +635,10 @@ OPTIONS = [  # options, truth, right answers, wrong answers
     (["A. 60", "B. -60"], "A", ["A. 60"], ["A. -60", "A -60", "-60"]),
     (["A. cats and dogs", "B. cats", "C. dogs"], "A", ["cats and dogs"], ["cats", "B and C"]),
     ([], "B", ["b", "(B)"], ["A", "B or C", "BC"]), ([], "Z", ["Z"], ["Y"]),
-    ([r"A. $\frac{1}{3}$", r"B. $\frac{1}{2}$"], "B", ["1/2", r"\frac12"], ["1/3", "0.3"])]
+    ([r"A. $\frac{1}{3}$", r"B. $\frac{1}{2}$"], "B", ["1/2", r"\frac12"], ["1/3", "0.3"]),
+    ([], "tea", [], ["eat", "ate"]), ([], "CAB", [], ["cab", "BAC"]), (["A. ;", "B. ,"], "B", [",", "B"], [";"]),
+    (["big" + " word" * 90, "All."], "A", ["A", "A. big" + " word" * 90 + ".", "big" + " Word" * 90], ["big"]),
+    *[[row[0].split(" ; "), row[1], row[2].split(" ; "), row[3].split(" ; ")] for row in OPTION_TABLE]]
 
 
 def test_options():
@@ -2050,6 +2192,7 @@ def toy_rollouts(tmp_path, monkeypatch):
             response = question.response(rng, question.habit(rng))
             rows.append(data.about(example, step) | {
                 "response": response, "outcome": sophia_min.reward_of(example, response)})
+    rows.append({**rows[0], "image": rows[-1]["image"]})  # the same id and response with another picture
     held_out = [{**row, "held_out": True, "response": f"held out {n}"} for n, row in enumerate(rows[:3])]
     reward_model.write_rows("a/rollouts.jsonl", rows[:120])
     reward_model.write_rows("b/rollouts.jsonl", rows[100:] + held_out)
@@ -2066,7 +2209,7 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
         return capsys.readouterr().out
 
     pairs = list(dict.fromkeys((row["id"], row["image"], row["response"]) for row in rows))
-    assert f"200 responses, {len(pairs)} different ones to 30 questions" in run("collect a b --out pool.jsonl")
+    assert f"201 responses, {len(pairs)} different ones to 31 questions" in run("collect a b --out pool.jsonl")
     pool = data.read_lines("pool.jsonl")
     assert [(row["id"], row["image"], row["response"]) for row in pool] == pairs
     run("collect a b --held_out --out held.jsonl")
@@ -2084,11 +2227,12 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
     assert "(50 had one before)" in run("annotate pool.jsonl --judge toy --out labels.jsonl")
     assert data.read_lines("labels.jsonl") == labelled
 
-    unfit = [{**labelled[0], "response": text} for text in (
+    scores = Counter(row["score"] for row in labelled)
+    unfit = [{**labelled[0], "score": min(scores, key=scores.get), "response": text} for text in (
         "<think> </think>", "no end", f"<think>{'x' * 300}</think>")]
     reward_model.write_rows("more.jsonl", labelled + unfit + labelled[:1])
     shown = run("balance more.jsonl --per_interval 5 --longest 299 --out even.jsonl")
-    even, scores = data.read_lines("even.jsonl"), Counter(row["score"] for row in labelled)
+    even = data.read_lines("even.jsonl")
     assert Counter(row["score"] for row in even) == {score: min(n, 5) for score, n in scores.items()}
     assert all(row in labelled for row in even) and Image.open("even.png").width > 300
     assert shown.splitlines()[-1].split() == ["all", str(len(pairs) + 4), str(len(pairs)), str(len(even)), "even.jsonl"]
@@ -2101,7 +2245,7 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
     learned = [{name: value for name, value in row.items() if name != "example"} for row in trained[0][0]]
     assert learned == [row for row in labelled if row not in apart] and 0 < len(apart) < 30
     assert not {row["image"] for row in apart} & {row["image"] for row in learned}
-    assert trained[0][1] == math.ceil(0.2 * len({row["id"] for row in learned}) / 4)
+    assert trained[0][1] == math.ceil(0.2 * len({(row["id"], row["image"]) for row in learned}) / 4)
     run("train labels.jsonl --model start --all_rows --shuffle_scores --epochs 0.1 --per_step 4 --out number")
     assert Counter(row["score"] for row in trained[1][0]) == scores and not Path("number/held_out.jsonl").exists()
     assert [row["score"] for row in trained[1][0]] != [row["score"] for row in labelled]
@@ -2120,6 +2264,11 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
         assert name in shown and name in result["a constant"]
     run("eval labels.jsonl --judge start --out eval")  # writes no score at all
     assert json.loads(Path("eval.json").read_text())["start"]["unscored"] == 1
+    monkeypatch.setattr(sophia_min.ThinkingRewardModel, "score", lambda self, examples, groups: torch.tensor(
+        [[data.toy_question(example.id).soundness(text) for text in texts] for example, texts in zip(examples, groups)]))
+    reward_model.write_rows("mixed.jsonl", labelled[::2] + labelled[1::2])  # each score goes to its own row
+    run("eval mixed.jsonl --judge start --out eval")
+    assert json.loads(Path("eval.json").read_text())["start"]["mae"] < 1e-6
 
 
 def test_annotate_leaves_out_and_counts_what_has_no_score(toy_rollouts, monkeypatch, capsys):
@@ -2127,7 +2276,7 @@ def test_annotate_leaves_out_and_counts_what_has_no_score(toy_rollouts, monkeypa
         return torch.tensor([[math.nan if n % 3 == 0 else 0.1 * n for n in range(len(group))] for group in groups])
 
     monkeypatch.setattr(sophia_min.ThinkingRewardModel, "score", score)
-    rows = [{**row, "response": f"{n % 6}"} for n, row in enumerate(toy_rollouts[0])]
+    rows = [{**row, "response": f"{n % 6}"} for n, row in enumerate(toy_rollouts[0][:180])]
     reward_model.write_rows("rows.jsonl", rows)
     reward_model.main("annotate rows.jsonl --judge start --out labels.jsonl".split())
     assert "120 of 180 responses have a score (0 had one before), 60 were left out" in capsys.readouterr().out
@@ -2559,7 +2708,7 @@ rank, world, out = sophia_min.RANK, sophia_min.WORLD, sys.argv[1]
 config = sophia_min.configure(["--micro_batch", "2", "--questions_per_step", "4", "--group_size", "3"])
 sophia_min.join_ranks(config)
 model, processor = data.toy_model(0)
-model.generation_config.eos_token_id = [model.generation_config.eos_token_id, *range(300, 400)]  # responses end early
+model.generation_config.eos_token_id = [model.generation_config.eos_token_id, 262]  # not together
 questions, examples, rng = data.toy_questions(4, 0), data.toy_examples(4, 0), random.Random(0)
 examples[1::2] = [dataclasses.replace(example, image=None) for example in examples[1::2]]  # no picture on rank 1
 texts = [[question.response(rng, flaw) for flaw in (None, "haste", "redundancy")] for question in questions]
@@ -2582,7 +2731,7 @@ if world > 1:
         sophia_min.shard(each, torch.float32)
     assert sophia_min.is_sharded(model) and sum(
         w.to_local().numel() for w in model.parameters()) < 0.6 * sum(w.numel() for w in model.parameters())
-longer = dataclasses.replace(config, max_new_tokens=40)
+longer = dataclasses.replace(config, max_new_tokens=30)
 wrote = sophia_min.rollout(model, processor, batch.examples, 1, longer, greedy=True)  # unequally long on both ranks
 layers = [weight for unit in (model.model.language_model.layers, model.model.visual) for weight in unit.parameters()]
 assert all(isinstance(weight, DTensor) == (world > 1) for weight in layers)  # not kept behind it
@@ -2644,7 +2793,7 @@ def processes(tmp_path):
         together = ["-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port",
                     str(random.Random(os.getpid() + len(script)).randint(20000, 40000))] * (n > 1)
         return subprocess.run([sys.executable, *together, str(tmp_path / "script.py"), *map(str, arguments)],
-                              capture_output=True, text=True, timeout=150, env={
+                              capture_output=True, text=True, timeout=200, env={
                                   **os.environ, "OMP_NUM_THREADS": "1",
                                   "PYTHONPATH": str(Path(sophia_min.__file__).parent)})
     return run
@@ -2653,14 +2802,17 @@ def processes(tmp_path):
 def test_two_processes_are_one(flags, processes, folders, tmp_path):
     """On responses of unequal lengths, without pictures on one of them: the same tokens written, the same losses and,
     after three updates and one that has nothing to learn from on one of them, the same weights and moments. Then a
-    sampled run on two, stopped on one of them, goes on in a single process."""
-    argv = flags("out", "--reward_model", folders / "judge", "--questions_per_step", 2)
+    sampled run on two, stopped on one of them, goes on on two, and at last in a single process."""
+    out = tmp_path / "out"
+    argv = flags("out", "--reward_model", folders / "judge", "--questions_per_step", 2, "--out", out)
     alone = processes(1, FIXED_ROLLOUTS, tmp_path)
     assert alone.returncode == 0, alone.stderr[-2000:]
     both = processes(2, FIXED_ROLLOUTS, tmp_path, *argv)
     assert "stopped after step 1; go on with" in both.stderr, both.stderr[-3000:]
+    more = processes(2, "import sys, sophia_min\nsophia_min.main(sys.argv[1:])", "--resume", out)
+    assert more.returncode == 0 and more.stdout.count("policy  ") == 1, more.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    assert one["wrote"] == two["wrote"] and len({*map(len, one["wrote"][::2])} ^ {*map(len, one["wrote"][1::2])}) > 1
+    assert one["wrote"] == two["wrote"] and list(map(len, one["wrote"])) == [18, 21, 15, 9]  # rank 0 is done first
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-5)
     assert one["answers"] == two["answers"] and 0 < sum(one["answers"]["right"]) < 9
     for name, weight in one["weights"].items():
@@ -2668,11 +2820,13 @@ def test_two_processes_are_one(flags, processes, folders, tmp_path):
     for i, moments in one["adamw"]["state"].items():
         for name, value in moments.items():
             torch.testing.assert_close(value, two["adamw"]["state"][i][name], rtol=1e-3, atol=1e-5)
-    assert [line["step"] for line in log_of(tmp_path / "out")] == [1] and both.stdout.count("policy  ") == 1
-    asked = [group["id"] for group in data.read_lines(tmp_path / "out" / "groups.jsonl")]
-    assert len(asked) == len(set(asked)) == 2  # a question each
-    sophia_min.main(["--resume", str(tmp_path / "out")])
-    assert [line["step"] for line in log_of(tmp_path / "out")] == [1, 2, 3, 4]
+    groups = data.read_lines(out / "groups.jsonl")
+    assert len({group["id"] for group in groups if group["step"] == 1}) == 2
+    weights = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["weights"]
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "model")
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
+    sophia_min.main(["--resume", str(out), "--steps", "5"])
+    assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4, 5]
 
 
 def test_a_failing_process_ends_all(flags, processes, tmp_path):
