@@ -398,7 +398,7 @@ class Processor:
         if "<|image_pad|>" not in pieces or len(turns) != 3 or not self.special.fullmatch(pieces[turns[2] + 1]):
             raise ValueError("its chat template doesn't show a system message, a picture and the end of a turn.")
         self.turn_end = tokenizer.convert_tokens_to_ids(pieces[turns[2] + 1])
-        self.opening = "<think>" * pieces[-1].rstrip().endswith("<think>")  # a tag that the template has written
+        self.opening = "<think>" * "".join(pieces).rstrip().endswith("<think>")  # a tag that the template has written
 
     @classmethod
     def from_pretrained(cls, name, max_pixels=None):

@@ -329,7 +329,7 @@ def generate(model, prefix, max_new_tokens, temperature=None, scores=False, **li
         output_scores=scores, return_dict_in_generate=True, **limits)
     try:
         with kept_whole(model):
-            out = model.generate(**inputs)
+            out = model.generate(**inputs, synced_gpus=False)
     finally:
         model.generation_config = theirs
     return out.sequences[:, inputs["input_ids"].shape[1]:], torch.stack(out.scores, 1) if scores else None
@@ -963,7 +963,9 @@ def main(argv=None):
                              "--freeze_vision, --offload_optimizer true, --kl_coef 0 (no reference). A checkpoint in "
                              f"{config.out} is intact.") from error
         except KeyboardInterrupt:
-            print(f"\nstopped at once; a checkpoint in {config.out} is whole: --resume goes on there", file=sys.stderr)
+            whole_one = Path(config.out, "checkpoint", "state.pt").exists()
+            print("\nstopped at once; " + (f"go on with --resume {config.out}" if whole_one else
+                  "there is no checkpoint yet: start again, in another --out"), file=sys.stderr)
             raise SystemExit(130) from None
         finally:
             if distributed.is_initialized():

@@ -39,6 +39,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from rouge_score import rouge_scorer
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
@@ -498,7 +499,7 @@ The answer is 5. | 5 ;; **5** | 5 ;; Answer: **5** | 5 ;; So, the final answer i
 "5" | 5 ;; \(5\) | 5 ;; \[5\] | 5 ;; **(5)** | 5 ;; 30\degree | 30 ;; 5 years | 5 yr ;; 5 m/ s | 5 m/s
 AB = 5 | 5 ;; \angle ABC = 30^\circ | 30 ;; x_{1} = 5 | 5 ;; f(2) = 5 | 5 ;; \boxed{x = 5} | 5 ;; x = -5 | -5
 (2, 3) | \left(2,3\right) ;; [5, 6) | [5,6) ;; 1：2 | 1 : 2 ;; 12 : 30 PM | 12:30 pm ;; Red | red ;; ≈5 | ≈ 5
-5 or 6 | 5   or 6 ;; 3 to 4 | 3 to 4
+5 or 6 | 5   or 6 ;; 3 to 4 | 3 to 4 ;; 40 MI/H | 40
 Tuesday | tuesday ;; NORTH | north ;; Isosceles Triangle | isosceles triangle ;; 3:15 pm | 3:15 PM ;; Blue | BLUE
 110₂ | 110_2 ;; 77₈ | 77_{8} ;; 21_{3} | 21_3 ;; a₁ = 4 | 4 ;; x_2 | x₂
 \sqrt { 58 } | √58 ;; 2 ^ 5 | 32 ;; 3 \pi + 7 | 3π+7 ;; \frac { 7 } { 9 } | 7/9 ;; 4 \sqrt { 5 } | 4√5
@@ -2244,7 +2245,8 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
     apart = data.read_lines("reason/held_out.jsonl")
     learned = [{name: value for name, value in row.items() if name != "example"} for row in trained[0][0]]
     assert learned == [row for row in labelled if row not in apart] and 0 < len(apart) < 30
-    assert not {row["image"] for row in apart} & {row["image"] for row in learned}
+    for image, parts in (("a/b.png", 1), (None, 2)):  # all about one picture go together; without one, by question
+        assert len({reward_model.is_held_out({"image": image, "id": str(n)}) for n in range(99)}) == parts
     assert trained[0][1] == math.ceil(0.2 * len({(row["id"], row["image"]) for row in learned}) / 4)
     run("train labels.jsonl --model start --all_rows --shuffle_scores --epochs 0.1 --per_step 4 --out number")
     assert Counter(row["score"] for row in trained[1][0]) == scores and not Path("number/held_out.jsonl").exists()
@@ -2485,7 +2487,7 @@ def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(flags, tmp_path, mo
 
     monkeypatch.setattr(sophia_min, "train_step", train_step)
     said = end_of(capsys, flags("out", "--save_every", 2), 1 if times == 1 else 130)
-    assert f"{f'stopped after step 3; go on with --resume {out}' if times == 1 else f'a checkpoint in {out} is whole'}" in said
+    assert f"{'stopped after step 3' if times == 1 else 'stopped at once'}; go on with --resume {out}" in said
     assert signal.getsignal(signal.SIGINT) is before
     assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == (3 if times == 1 else 2)
     monkeypatch.setattr(sophia_min, "train_step", plain)
@@ -2792,10 +2794,16 @@ def processes(tmp_path):
         (tmp_path / "script.py").write_text(script)
         together = ["-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port",
                     str(random.Random(os.getpid() + len(script)).randint(20000, 40000))] * (n > 1)
-        return subprocess.run([sys.executable, *together, str(tmp_path / "script.py"), *map(str, arguments)],
-                              capture_output=True, text=True, timeout=200, env={
-                                  **os.environ, "OMP_NUM_THREADS": "1",
-                                  "PYTHONPATH": str(Path(sophia_min.__file__).parent)})
+        process = subprocess.Popen([sys.executable, *together, str(tmp_path / "script.py"), *map(str, arguments)],
+                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
+                                       **os.environ, "OMP_NUM_THREADS": "1",
+                                       "PYTHONPATH": str(Path(sophia_min.__file__).parent)})
+        try:
+            out, error = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends those that it started
+            out, error = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, error)
     return run
 
 
@@ -2954,6 +2962,147 @@ def test_memory_of_the_published_sizes(shape, weights, world):
     on_card = sum(size / (world if "parts" in where else 1) for size, where in found.values() if "card" in where)
     print("", *table, f"{on_card / 1e9:6.1f} GB on a card, without the update's activations", sep="\n")
     assert found["policy, to compute with"][0] == weights * (2 if world == 1 else 4) and on_card < 60e9
+
+
+# ---------------------------------------------------------------- a model folder is right, or named
+
+
+def weights_of(change):
+    """Rewrites the weights of a folder."""
+    def rewrite(folder):
+        path = folder / "model.safetensors"
+        save_file({name: weight.clone() for name, weight in change(load_file(path)).items()}, path, {"format": "pt"})
+    return rewrite
+
+
+def without_weights(part):
+    return weights_of(lambda weights: {name: weight for name, weight in weights.items() if part not in name})
+
+
+def renamed(pattern, new):
+    return weights_of(lambda weights: {re.sub(pattern, new, name): weight for name, weight in weights.items()})
+
+
+def settings_of(name, **changes):
+    """Changes a .json of a folder; a field that becomes None is gone."""
+    def rewrite(folder):
+        content = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return rewrite
+
+
+def untied(folder):
+    """As if the head were a weight of its own, which isn't there."""
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    settings_of("config.json", tie_word_embeddings=False, text_config=text | {"tie_word_embeddings": False})(folder)
+
+
+def writes(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+@pytest.mark.parametrize("harm, said", [
+    (untied, "1 weights are missing in its .*first lm_head.weight"), (without_weights("visual"), "30 weights are missing"),
+    (without_weights("layers.1."), "12 weights are missing"), (renamed("^", "module."), "weights are missing"),
+    (renamed("^", "base_model.model."), "weights are missing"), (renamed("q_proj", "query"), "8 weights are missing"),
+    (weights_of(lambda weights: weights | {"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
+    (weights_of(lambda weights: weights | {"model.language_model.norm.weight": torch.ones(3)}), "1 weights are mismatched"),
+    (settings_of("config.json", model_type="qwen3_5"), "it is a qwen3_5, and this code trains qwen2_5_vl"),
+    (settings_of("config.json", model_type="qwen2"), "it is a qwen2, "), (writes("config.json", "{}"), "config.json"),
+    (writes("config.json", '{"model'), "config.json"), (settings_of("tokenizer_config.json", chat_template=None), None),
+    (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), "its chat template .*: no system"),
+    (writes("chat_template.jinja", "{% for m in messages %}<|im_start|>{{ m.content[0].text }}<|im_end|>{% endfor %}"),
+     "its chat template doesn't show a system message, a picture"),
+    (writes("model.safetensors", "version https://git-lfs.github.com/spec/v1\nsize 3\n"), r"its \*.safetensors are damaged"),
+    (lambda folder: os.truncate(folder / "model.safetensors", 10 ** 6), r"its \*.safetensors are damaged"),
+    (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
+    (writes("SHA256SUMS", "a list of somebody's own\n"), None)])
+def test_a_model_folder_is_right_or_named(folders, tmp_path, harm, said):
+    """For a policy and for a judge, by what loads both."""
+    shutil.copytree(folders / "model", tmp_path / "model")
+    (tmp_path / "model/SHA256SUMS").unlink()
+    harm(tmp_path / "model")
+    if said is None:
+        sophia_min.load(tmp_path / "model", road_config())
+        return
+    with pytest.raises(SystemExit, match=f"^{tmp_path}/model can't be used: .*{said}") as stop:
+        sophia_min.load(tmp_path / "model", road_config())
+    assert "\n" not in str(stop.value) and "network" not in str(stop.value)
+
+
+def test_of_a_checkpoints_generation_settings_only_its_ends_count(road, road_examples, folders, tmp_path):
+    policy, processor = road
+    spoilt, ids = copy.deepcopy(policy), []
+    spoilt.generation_config.update(**dict(
+        no_repeat_ngram_size=2, typical_p=0.3, epsilon_cutoff=0.01, max_time=1e-4, num_return_sequences=2, num_beams=3,
+        stop_strings=["a"], guidance_scale=3.0, encoder_repetition_penalty=1.5, begin_suppress_tokens=[5, 6],
+        exponential_decay_length_penalty=(1, 2.0), forced_eos_token_id=7, repetition_penalty=2.0, min_p=0.3))
+    for model in (policy, spoilt):
+        for greedy in (False, True):
+            torch.manual_seed(3)
+            ids.append(sophia_min.rollout(model, processor, road_examples["mixed"], 2, road_config(), greedy).ids)
+    assert torch.equal(ids[0], ids[2]) and torch.equal(ids[1], ids[3]) and spoilt.generation_config.num_beams == 3
+    end, pad = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    for stored, ends in [({}, [end]), ({"eos_token_id": pad}, [end, pad]), ({"eos_token_id": [pad, end]}, [end, pad])]:
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        shutil.copytree(folders / "model", tmp_path / "model")
+        (tmp_path / "model/SHA256SUMS").unlink()
+        (tmp_path / "model/generation_config.json").write_text(json.dumps(stored))
+        assert sophia_min.end_ids(sophia_min.load(tmp_path / "model", road_config())[0]) == ends
+
+
+def test_tags_count_whoever_writes_them(road, road_examples, tmp_path):
+    """Tags that are special tokens are text in a response; one that the template opens with counts as written; the
+    template in chat_template.json wins."""
+    processor = copy.deepcopy(road[1])
+    text = "<think>x</think><answer>A</answer>"
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</answer>"]})
+    ids = torch.tensor(processor.tokenizer(text).input_ids + [2, 0])
+    assert processor.decode(ids, [2, 0]) == text
+    road[0].save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    template = processor.tokenizer.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    policy, opened = sophia_min.load(tmp_path, road_config())
+    batch = sophia_min.rollout(policy, opened, road_examples["text"], 2, road_config("--max_new_tokens", "3"))
+    assert opened.opening == "<think>" and all(text.startswith("<think>") for text in batch.texts)
+    assert opened.decode(torch.tensor(batch.prompts[0].ids), []).endswith("assistant\n<think>\n")
+
+
+def test_a_judge_of_others_that_answers_in_tags_scores_every_response(flags, road_examples, tmp_path):
+    """As the released one is told to: asked in its layout, in every mode, and in a whole run."""
+    model, processor = data.toy_model(0)
+    (tmp_path / "prompt.txt").write_text(PICTURE_LAST)
+    judges = [sophia_min.ThinkingRewardModel(model, processor, None, template)
+              for template in (None, tmp_path / "prompt.txt")]
+    verdict, examples = processor.encode("<answer>0.7</answer>") + [processor.turn_end], road_examples["pictures"]
+    texts = ["a", "first is red", ""]
+    reward_model.sft(model.requires_grad_(True), examples * 5, lambda example: (
+        [judge.prompt(example, text) for judge in judges for text in texts], [verdict] * 6), 40, 4, 3e-3, "sft")
+    data.save_folder(tmp_path / "tagged", model, processor)
+    for mode, template in ((None, None), ("expected", None), (None, tmp_path / "prompt.txt")):
+        judge = sophia_min.ThinkingRewardModel(*sophia_min.load(tmp_path / "tagged", road_config()), mode, template)
+        scores = judge.score(examples, [texts] * len(examples))
+        assert torch.equal(scores, torch.full_like(scores, 0.7)), (mode, template)
+    sophia_min.main(flags("out", "--reward_model", tmp_path / "tagged", "--steps", 3))
+    assert [line["unscored"] for line in data.read_lines(tmp_path / "out/log.jsonl")] == [0] * 3
+
+
+def test_one_process_writes_into_a_folder(flags, tmp_path, capsys):
+    with data.lock(tmp_path / "out"):
+        assert "another run is writing there" in end_of(capsys, flags("out"), 2)
+    (tmp_path / "file").write_text("")
+    assert "can't be written" in end_of(capsys, flags("file"), 2)
+    child = in_a_fork(lambda: data.lock(tmp_path / "out").__enter__() and time.sleep(0))  # ends without letting go
+    os.waitpid(child, 0)
+    with data.lock(tmp_path / "out"):
+        pass
+
+
+def test_responses_without_the_format_are_reported_once(run, capsys):
+    run("out", "--steps", 12)
+    said = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert len(said) == 1 and "no response of the first 10 steps is in the format" in said[0]
 
 
 # ---------------------------------------------------------------- settings
