@@ -62,7 +62,7 @@ class Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help lists all\n")
 
     def parse(self, argv, **defaults):
-        """What the command line says, over other defaults than the dataclass's own: a dataclass, or else a namespace."""
+        """What the command line says, over other defaults than the dataclass's own: a dataclass, or a namespace."""
         self.set_defaults(**defaults)
         settings, unknown = self.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
         if unknown:
@@ -90,7 +90,7 @@ def stored_settings(folder, known, parser):
 
 
 class StopAfterStep:
-    """Ctrl-C asks for an end after the current step; a second one ends at once. For `with`, which puts back what was."""
+    """For `with`: Ctrl-C asks for an end after the current step; a second one ends at once."""
     asked = False
 
     def __enter__(self):
@@ -150,7 +150,7 @@ def _pillow(path):
             if (picture.format in REFUSED_FORMATS
                     or picture.mode in ("I", "F") and picture.format != "PPM"  # 32 bits: nothing says what white is
                     or picture.mode[0] == "I" and (tags.get(258, (16,)) != (16,) or tags.get(262) == 0)
-                    or "transparency" in picture.info and picture.tile[0].args in ("L;2", "L;4", "RGB;16B")):  # unscaled
+                    or "transparency" in picture.info and picture.tile[0].args in ("L;2", "L;4", "RGB;16B")):
                 raise ValueError(f"{picture.format}, {picture.mode}: save it as 8-bit PNG or JPEG")
             yield picture
     except PICTURE_ERRORS as error:
@@ -427,8 +427,8 @@ class Processor:
         return self.tokenizer.decode([id for id in ids.tolist() if id not in ends])
 
     def chat(self, messages, image=None):
-        """The Prompt of a conversation in which the assistant is next to speak; messages: (role, part, ..), a part being
-        text or PICTURE, which is left out where `image` is None. The template sees stand-ins: no text can end a turn.
+        """The Prompt of a conversation in which the assistant speaks next; messages: (role, part, ..), parts being text
+        or PICTURE, which is left out where `image` is None. The template sees stand-ins: no text can end a turn.
         Text between special tokens is encoded in one piece, as the official processor does."""
         shown = tuple((role, tuple(part if part is PICTURE else STAND_IN for part in parts
                                    if part is not PICTURE or image is not None)) for role, *parts in messages)
@@ -1127,7 +1127,8 @@ def log_line(step, ranks, anneal, judged, times):
     """(the step's line for log.jsonl, the groups of all processes) from each process's (group_rows, metrics)."""
     groups = [group for rows, _ in ranks for group in rows]
     responses = [response for group in groups for response in group["responses"]]
-    outcomes, scores = [r["outcome"] for r in responses], [r["thinking"] for r in responses if r["thinking"] is not None]
+    outcomes = [response["outcome"] for response in responses]
+    scores = [response["thinking"] for response in responses if response["thinking"] is not None]
     gammas = [group["gamma"] for group in groups if group["gamma"] is not None]
     rollout, score, update = (end - start for start, end in zip(times, times[1:]))
     metrics = {name: fmean(metrics[name] for _, metrics in ranks) for name in ranks[0][1]}
@@ -1157,7 +1158,7 @@ def write_step(out, line, groups, config):
 
 
 class Watch:
-    """Says once each what a run's numbers would only say to those who look: called with every step's line and groups."""
+    """Says once each what a run's numbers would only say to those who look; called with each step's line and groups."""
 
     def __init__(self, judged):
         self.scored, self.formless, self.judged = [], 0, judged
@@ -1172,8 +1173,9 @@ class Watch:
                        file=sys.stderr)
         self.formless += 1 if not line["format_rate"] else -self.formless
         if self.formless == 10 and line["step"] == 10:
-            tqdm.write("WARNING: no response of the first 10 steps is in the format <think>..</think><answer>..</answer>, "
-                       f"so none earns anything. The first of this step: {groups[0]['responses'][0]['response'][:300]!r}",
+            first = groups[0]["responses"][0]["response"][:300]
+            tqdm.write("WARNING: no response of the first 10 steps is in the format <think>..</think>"
+                       f"<answer>..</answer>, so none earns anything. The first of this step: {first!r}",
                        file=sys.stderr)
 
 

@@ -129,7 +129,8 @@ def prepare(config):
         names["start"], judge_start = str(root / "start"), str(root / "attentive")
         if not Path(names["start"]).exists():
             model, processor = data.toy_model(config.seed)
-            attentive = warm_start(model.to(device_and_dtype(config)[0]), processor, config.seed, Path(config.out, "pictures"))
+            model, pictures = model.to(device_and_dtype(config)[0]), Path(config.out, "pictures")
+            attentive = warm_start(model, processor, config.seed, pictures)
             data.save_folder(judge_start, attentive, processor)
             data.save_folder(names["start"], model, processor)  # last: with it all is there
     if config.reward_model in TRAINED_HERE and not config.eval_only:

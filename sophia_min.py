@@ -12,13 +12,14 @@ rewards become advantages in the group (Eq. 6) of a clipped update that stays ne
 Departures from the paper:
 - OCR: exp(-WER), as in the released code: -WER is never >= 0.5, so Eq. 1 would never call a reading right.
 - A response in the wrong format earns R^o = 0 (the authors say so, the paper doesn't); it is judged all the same.
-- Eq. 1-2 with nobody right or nobody wrong: gamma = 1. A judge without a usable score: the group's thinking term is
-  dropped, and counted. Eq. 6: unbiased std + 1e-6 as released, and exact zeros where all rewards are equal.
-- Eq. 7 names one ratio a response; like the released code we take one a token, and a response's mean over its tokens.
-- No entropy bonus (released: 1e-3). top_p is 1 (released: 0.9, ignored by its update). Ids that stand for pictures are
-  ruled out, in sampling and in log-probabilities.
-- A judge that we train reads picture and question, then the response as a turn of its own, and may check the claims in
-  writing before it scores (the toy's does). The toy's `base` has learned shuffled scores; Table 3's, nothing.
+- Eq. 1-2 with nobody right or nobody wrong: gamma = 1. One score that the judge didn't give drops the group's thinking
+  term; such groups are counted. Eq. 6: unbiased std + 1e-6 as released, and exact zeros where all rewards are equal.
+- Eq. 7 names one ratio a response; like the released code we take one a token. We average over a response's tokens,
+  then over responses (released: over all tokens).
+- The judge reads the whole response, answer included (paper: question and thinking). One that we train reads it as a
+  turn of its own and may check the claims in writing before it scores (the toy's does); others see RELEASED_LAYOUT.
+- Ids that stand for pictures are ruled out, in sampling and in log-probabilities. Against the released code: no entropy
+  bonus (1e-3 there), top_p 1 (0.9 there, ignored by its update), a quarter of its max_pixels.
 """
 import copy
 import inspect
@@ -54,29 +55,31 @@ from data import RANK, WORLD, progress
 
 # ---------------------------------------------------------------- settings
 
-PAPER, RELEASED, OURS = "paper, section 4", "released config", "ours"
+PAPER, TRUST, RELEASED, OURS = "paper, section 4", "paper, section 3.4", "released config", "ours"
 
 
 def setting(default, help, source=OURS):
     """A field of Config; --help names the source of its default."""
-    return field(default=default, metadata={"help": f"{help} ({str(default).lower()}: {source})"})
+    shown = default if isinstance(default, str) else str(default).lower()
+    return field(default=default, metadata={"help": f"{help} ({shown}: {source})"})
 
 
 @dataclass
 class Config:
-    """All settings of a run, with the paper's value where it names one."""
+    """All settings of a run, with the paper's value where it names one; TOY below replaces some with --model toy."""
     model: str = setting("toy", "toy, a Hugging Face id or a folder")
     data: str = setting("toy", "toy, toy-shifted (kinds that training never asks) or a .json or .jsonl file of rows")
     toy_pixels: int = setting(448, "width and height of the toy's pictures")
     image_root: str | None = setting(None, "folder that picture paths start from; none: the file's")
     reward_model: str = setting(
         "bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (learns from the toy's oracle), none (plain GRPO), base "
-        "(untrained, Table 3), misled (the toy's, praises haste), a Hugging Face id or a folder", "paper, section 3.2")
+        "(Table 3's untrained; the toy's learns shuffled scores), misled (the toy's, praises haste), a Hugging Face id "
+        "or a folder", "paper, section 3.2")
     rm_mode: Literal["generate", "expected", "reason"] | None = setting(None, "it writes a number, as in the paper, or "
         "gives its mean over those it might write, or checks the claims first; none: as it was trained, else generate")
     rm_prompt: str | None = setting(None, "file with a judge's prompt: text with {question}, {response}, {image}")
-    trust: Literal["paper", "released", "off"] = setting("paper", "Eq. 3, the official gating, or gamma = 1", PAPER)
-    anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", PAPER)
+    trust: Literal["paper", "released", "off"] = setting("paper", "Eq. 3, the official gating, or gamma = 1", TRUST)
+    anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", TRUST)
     alpha: float = setting(0.3, "weight of the thinking reward, Eq. 4", PAPER)
     kl_coef: float = setting(0.04, "beta of Eq. 7; 0 needs no reference", PAPER)
     clip_eps: float = setting(0.2, "epsilon of Eq. 7", RELEASED)
@@ -161,7 +164,7 @@ def trust_weight(outcome, thinking):
         return thinking.sum() * 0 + 1
     mu_c = thinking[correct].mean()  # Eq. 1
     mu_w = thinking[~correct].mean()  # Eq. 2
-    return (mu_c - mu_w).clamp(max=0).exp()  # Eq. 3: exp(mu_c - mu_w) where wrong thinking scores better, else 1
+    return (mu_c - mu_w).clamp(max=0).exp()  # Eq. 3: exp(mu_c - mu_w) where wrong answers think better, else 1
 
 
 def annealing(step, total_steps):
@@ -178,7 +181,7 @@ def released_gate(outcome, thinking):
 
 
 def trusted(outcome, thinking, trust="paper"):
-    """(R^t [G] as `trust` takes it, gamma []): paper (Eq. 3), released (the official gating) or off (gamma 1). NaN means
+    """(R^t [G] as `trust` takes it, gamma []): paper (Eq. 3), released (the official gating) or off (gamma 1). NaN says
     that the judge gave no usable score: where one that counts is missing, zeros and gamma 0, which drops the term."""
     if trust == "released":
         thinking = torch.where(released_gate(outcome, thinking) == 1, thinking, 0.0)
@@ -188,7 +191,8 @@ def trusted(outcome, thinking, trust="paper"):
 
 
 def combined_reward(outcome, thinking, step, total_steps, alpha=0.3, trust="paper", anneal=True, gamma=None):
-    """R [G] of one group from R^o and R^t [G]. `gamma`: given, `thinking` is `trusted` already; else that is done here."""
+    """R [G] of one group from R^o and R^t [G]. With `gamma`, `thinking` was `trusted` already; else that is done here.
+    """
     if gamma is None:
         thinking, gamma = trusted(outcome, thinking, trust)
     share = annealing(step, total_steps) if anneal else 1.0
@@ -248,10 +252,10 @@ def pad(rows, side, value=0):
 class PrefixCache:
     """The keys and values of what a group's rows (responses to sample, to train on or to judge) begin with: picture and
     text pass through the model once, and all rows go on from copies. Exact, since a prompt never sees what follows it.
-    Positions are always given: Qwen2.5-VL otherwise takes them from state left on the model by an earlier call, or
-    counts them in one dimension, in silence. `groups`: the data.Prompts of each question's rows, N in all. B prefixes
-    are padded on the left; owner [N] says which one a row has, tails [N] what is left of its prompt, at least a token.
-    """
+    Where the picture stands behind what differs, each row is computed by itself. Positions are always given: Qwen2.5-VL
+    otherwise takes them from state left on the model by an earlier call, or counts them in one dimension, in silence.
+    `groups`: the data.Prompts of each question's rows, N in all. B prefixes are padded on the left; owner [N] is which
+    one a row has, tails [N] what is left of its prompt, at least a token."""
 
     def __init__(self, model, groups):
         config, prefixes, owner, self.tails = model.config, [], [], []
@@ -279,8 +283,8 @@ class PrefixCache:
                        logits_to_keep=1, **vision)
         if getattr(output, CACHE) is None:
             raise RuntimeError("the model dropped its cache: switch gradient checkpointing off, it works against it")
-        self.keys_values = [(layer.keys, layer.values) for layer in getattr(output, CACHE).layers]
-        self.end = [output.logits] if is_sharded(model) else []  # each of keys and values: [B, heads, P, dim]
+        self.keys_values = [(layer.keys, layer.values) for layer in getattr(output, CACHE).layers]  # [B, heads, P, dim]
+        self.end = [output.logits] if is_sharded(model) else []  # where FSDP's backward pass must start
 
     def inputs(self, rows, ids, mask):
         """The model's arguments for ids [n, T] that continue the prefixes of `rows` [n]."""
@@ -348,7 +352,7 @@ def vision_ids(model):
 
 
 def response_mask(ids, eos_ids):
-    """1 up to the first end-of-sequence token and on it, 0 behind it [N, R]. Not from padding, which may be EOS, too."""
+    """1 up to the first end-of-sequence token and on it, 0 behind it [N, R]. Not by padding, which may be EOS, too."""
     ended = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()  # [N, R]
     return (ended.cumsum(1) - ended == 0).long()
 
@@ -382,7 +386,7 @@ def rollout(policy, processor, examples, group_size, config, greedy=False, score
 
 
 def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
-    """Log-probabilities and entropies [N, R] of the tokens `ids` under the distribution they were sampled from: the same
+    """Log-probabilities and entropies [N, R] of the tokens `ids` under the distribution that they came from: the same
     temperature, the same ids ruled out everywhere (`forbidden`) or in the first `no_end` places (`eos_ids`). In fp32,
     some rows at a time, recomputed in the backward pass: a row of 1,024 tokens over 150k words is 0.6 GB."""
     def chunk(logits, ids):
@@ -429,14 +433,15 @@ CRITERIA = {  # the five of the paper's Table 4, in our words
 }
 JUDGE_PROMPT = "Rate how well the answers below are thought through. " + " ".join(
     f"{name}: {meaning}." for name, meaning in CRITERIA.items())
-JUST_THE_SCORE, DELIMITER, ASK = " Write one number from 0 to 1, in steps of 0.1, and nothing else.", "score:", "Rate it."
+JUST_THE_SCORE = " Write one number from 0 to 1, in steps of 0.1, and nothing else."
+DELIMITER, ASK = "score:", "Rate it."
 JUDGE_FORM = {"generate": JUST_THE_SCORE, "expected": JUST_THE_SCORE, "reason": (
     f' First check each claim in the thinking, in a few words. Then write "{DELIMITER}" and one number from 0 to 1, in '
     "steps of 0.1.")}
-TAGGED = " Write the score alone, as <answer>score</answer>."
+TAGGED = " Write one number from 0 to 1, in steps of 0.1, and nothing else, as <answer>score</answer>."
 # How the released reward model is asked, in our words: text first, the response inside it, the picture last.
-RELEASED = JUDGE_PROMPT.replace("answers below are", "response below is") + """ Judge how it thinks, not whether its final \
-answer is right, and be strict: 1.0 is for thinking without a flaw, 0.0 for thinking that is worth nothing.
+RELEASED_LAYOUT = JUDGE_PROMPT.replace("answers below are", "response below is") + """ Judge how it thinks, not \
+whether its final answer is right, and be strict: 1.0 is for thinking without a flaw, 0.0 for thinking without worth.
 
 Question: {question}
 
@@ -449,7 +454,7 @@ SPELLINGS = {**{f"{n / 10:.1f}": n / 10 for n in range(11)}, "0": 0.0, "1": 1.0}
 
 
 def parse_score(text):
-    """The judge's score: the whole text must be one plain number in [0, 1], bare or in one pair of answer tags, else None
+    """The judge's score: the whole text must be one plain number in [0, 1], bare or in a pair of answer tags, else None
     ("no score", which is not 0)."""
     number = re.fullmatch(r"\s*(<answer>)?\s*([01](\.[0-9]{1,6})?|\.[0-9]{1,6})\s*(?(1)</answer>)\s*", text, re.ASCII)
     return float(number[2]) if number and float(number[2]) <= 1 else None
@@ -466,7 +471,8 @@ class ThinkingRewardModel:
         self.model, self.processor, made = model.eval().requires_grad_(False), processor, getattr(
             model.config, "rm_mode", None)
         self.mode = mode or made or "generate"
-        self.template = None if made else RELEASED + JUDGE_FORM[self.mode].replace(JUST_THE_SCORE, TAGGED) + "{image}"
+        form = JUDGE_FORM[self.mode].replace(JUST_THE_SCORE, TAGGED)
+        self.template = None if made else RELEASED_LAYOUT + form + "{image}"
         if template:
             self.template = Path(template).read_text()
             if any(self.template.count(name) != 1 for name in ("{question}", "{response}", "{image}")):
@@ -596,9 +602,10 @@ BF16_TOLERANCE = 0.05  # nats, mean; the toy in bf16 on a CPU has 0.009; wrong p
 
 
 def self_test(policy, processor, examples, config):
-    """Stop before training if sampling and training disagree on the log-probabilities of sampled tokens: wrong
-    positions, a dropped cache, a filter that one side doesn't know, stale state on the model, all show here. Returns
-    the difference in nats: the largest in fp32, the mean in bf16, where single tokens differ by rounding."""
+    """Stop before training if sampling and training disagree on the log-probabilities of sampled tokens: positions of
+    one side only, a dropped cache, a filter that one side doesn't know, stale state on the model, all show here (the
+    prompt's own computation they share; the tests check that). Returns the difference in nats: the largest in fp32, the
+    mean in bf16, where single tokens differ by rounding."""
     short = replace(config, max_new_tokens=min(config.max_new_tokens, 64),  # [N, R, V] in fp32 is large
                     min_new_tokens=min(config.min_new_tokens, 64))
     batch = rollout(policy, processor, examples, 2, short, scores=True)
@@ -611,8 +618,8 @@ def self_test(policy, processor, examples, config):
     gap, tolerance = (gaps.max().item(), 1e-4) if exact else (gaps.mean().item(), BF16_TOLERANCE)
     if not gap <= tolerance:
         raise SystemExit(f"self-test failed: sampling and training disagree by {gap:.2g} nats a token (tolerance "
-                         f"{tolerance:.2g}), so training would follow wrong ratios. Check the versions of torch and "
-                         "transformers, --attn sdpa, and that nothing changed the model's forward.")
+                         f"{tolerance:.2g}): it would train on another distribution than it draws from. Check the "
+                         "versions of torch and transformers, --attn sdpa, and that nothing changed its forward pass.")
     return gap
 
 
@@ -632,12 +639,14 @@ def evaluate(policy, processor, examples, config, desc, step=None):
         sound = [example.soundness(text) >= data.SOUND for (example, text), hit in zip(answered, right) if hit]
         result["soundness"] = mean(sound) if sound else None
     if config.save_rollouts and step is not None:
-        data.write_rollouts(config.out, [data.about(example, step) | {"held_out": True, "response": text, "outcome": hit}
-                                         for (example, text), hit in zip(answered, right)])
+        data.write_rollouts(config.out, [
+            data.about(example, step) | {"held_out": True, "response": text, "outcome": hit}
+            for (example, text), hit in zip(answered, right)])
     return result | {"right": right}
 
 
-# ---------------------------------------------------------------- skip at first reading: precision, sharding, checkpoints
+# ---------------------------------------------------------------- skip at first reading
+# Precision, sharding, checkpoints, the loading of models, the command line. Go on at "the run".
 
 def device_and_dtype(config):
     """(device, dtype, attention) to compute with: bf16 and, where it can be used, flash-attn on CUDA."""
@@ -776,8 +785,8 @@ def join_ranks(config):
 
 
 def shard(model, dtype):
-    """Spread a model over the ranks (FSDP2), to compute in `dtype`. The root has the tied embeddings; the vision tower is
-    a unit, since `generate` calls it by itself. What enters a layer stays as it is: rotary angles are fp32."""
+    """Spread a model over the ranks (FSDP2), to compute in `dtype`. The root has the tied embeddings; the vision tower
+    is a unit, since `generate` calls it by itself. What enters a layer stays as it is: rotary angles are fp32."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh, visual = init_device_mesh(model.device.type, (WORLD,)), model.model.visual
     for unit in (*visual.blocks, visual, *model.model.language_model.layers, model):
@@ -787,7 +796,7 @@ def shard(model, dtype):
 
 @contextmanager
 def kept_whole(model):
-    """While decoding, ranks keep what the first token has gathered, and no rank waits for another's longer responses."""
+    """While decoding, ranks keep what the first token has gathered, and none waits for another's longer responses."""
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule) and unit is not model]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -824,7 +833,8 @@ def load_checkpoint(config, policy, optimizer, examples):
 def load_models(config):
     """(policy, Processor, reference or None, judge or None): as named, from the folders in which the toy world is
     prepared, or from those that a run left and --resume continues."""
-    names, kept, judge = {"start": config.model, "reward_model": config.reward_model}, Path(config.out, "checkpoint"), None
+    names, kept = {"start": config.model, "reward_model": config.reward_model}, Path(config.out, "checkpoint")
+    judge = None
     if config.resume:
         names = {name: str(kept / name) if (kept / name).exists() else given for name, given in names.items()}
     elif config.model == "toy" or config.reward_model in TRAINED_HERE and not config.eval_only:
@@ -872,8 +882,8 @@ def configure(argv=None):
         (config.model == "toy" and config.toy_pixels != 56, "--toy_pixels: the toy model reads 56, a token a cell"),
         (config.data != "toy" and config.reward_model in TRAINED_HERE and not config.eval_only, "--reward_model "
          f"{config.reward_model} learns from the toy world's oracle; with other --data choose none, a folder or an id"),
-        (not before and Path(config.out, "config.json").exists(), f"{config.out} holds a run already: go on with --resume "
-         f"{config.out}, or choose another --out"),
+        (not before and Path(config.out, "config.json").exists(), f"{config.out} holds a run already: go on with "
+         f"--resume {config.out}, or choose another --out"),
         (before and Path(config.out).resolve() != Path(before["out"]).resolve(), "--out: a resumed run stays there"),
         (before and any(getattr(config, name) != before[name] for name in KEPT),
          f"--{', --'.join(KEPT)}: a resumed run keeps its own"),
@@ -922,13 +932,14 @@ def train(config, examples, held_out, about):
     with data.StopAfterStep() as stopping:
         for step in bar:
             chosen = data.questions_of(step, len(examples), config.questions_per_step, config.seed)[RANK::WORLD]
-            torch.manual_seed(zlib.crc32(f"{config.seed} {step} {RANK}".encode()))  # so that a resumed run needs no state
+            torch.manual_seed(zlib.crc32(f"{config.seed} {step} {RANK}".encode()))  # a resumed run needs no state
             try:
                 line, groups = train_step(step, policy, reference, judge, optimizer, processor,
                                           [examples[i] for i in chosen], config)
             except FloatingPointError as error:
-                raise SystemExit(f"step {step}: {error}; questions {', '.join(examples[i].id for i in chosen)}. The last "
-                                 f"checkpoint, if there is one in {out}, is intact; try a lower --lr") from error
+                asked = ", ".join(examples[i].id for i in chosen)
+                raise SystemExit(f"step {step}: {error}; questions {asked}. The last checkpoint, if there is one in "
+                                 f"{out}, is intact; try a lower --lr") from error
             data.write_step(out, line, groups, config)
             bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
                              if line[name] is not None})
@@ -958,10 +969,11 @@ def main(argv=None):
             print(error, file=sys.stderr)
             raise SystemExit(2) from None
         except torch.OutOfMemoryError as error:
-            raise SystemExit(f"{str(error).splitlines()[0]} What helps, most first: a smaller --max_pixels, --micro_batch, "
-                             "--questions_per_step or --group_size (the rollout's cache), --max_new_tokens; "
-                             "--freeze_vision, --offload_optimizer true, --kl_coef 0 (no reference). A checkpoint in "
-                             f"{config.out} is intact.") from error
+            raise SystemExit(
+                f"{str(error).splitlines()[0]} What helps, most first: a smaller --max_pixels, --micro_batch, "
+                "--questions_per_step or --group_size (the rollout's cache), --max_new_tokens; --freeze_vision, "
+                f"--offload_optimizer true, --kl_coef 0 (no reference). A checkpoint in {config.out} is intact."
+                ) from error
         except KeyboardInterrupt:
             whole_one = Path(config.out, "checkpoint", "state.pt").exists()
             print("\nstopped at once; " + (f"go on with --resume {config.out}" if whole_one else
