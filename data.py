@@ -193,7 +193,9 @@ def check_picture(root, name, max_aspect, max_image_pixels, min_side):
     if os.path.isabs(name) or ".." in name.split("/") or not file.startswith(os.path.join(root, "")):
         raise DataError(f"path: {name!r} must stay inside {root!r}: no absolute path, no '..', no link out of it")
     if not os.path.isfile(file):
-        raise DataError(f"path: there is no file {name!r} in {root!r}")
+        twins = {unicodedata.normalize(form, file) for form in ("NFC", "NFD")} - {file}
+        twin = "; one there has this name in another Unicode form: rename it" if any(map(os.path.isfile, twins)) else ""
+        raise DataError(f"path: there is no file {name!r} in {root!r}{twin}")
     with _pillow(file) as picture:
         (width, height), kind = picture.size, picture.format
         picture.fp.seek(-8, os.SEEK_END)  # the smallest file that Pillow opens, a PPM, has 8 bytes
@@ -282,9 +284,14 @@ def _parse(text):
         raise DataError(f"broken JSON: {error}") from error
 
 
+OTHER_NAMES = {"path": ("image", "images", "image_path", "img"), "solution": ("answer", "answers", "ground_truth"),
+               "problem": ("question", "prompt"), "problem_id": ("id", "question_id")}  # of the paper's fields, elsewhere
+
+
 def _text(row, name):
     if name not in row:
-        raise DataError(f"{name}: is missing")
+        near = [other for other in OTHER_NAMES.get(name, ()) if other in row]
+        raise DataError(f"{name}: is missing" + (f"; {near[0]!r} looks like it: rename that" if near else ""))
     if not isinstance(row[name], str) or not row[name].strip():
         raise DataError(f"{name}: must be text, is {show(row[name])}")
     if re.search("[\0\ud800-\udfff]", row[name]):  # half a character: tokenizers and file systems raise

@@ -424,6 +424,16 @@ def test_every_row_can_be_won_and_options_are_shown_with_letters(rows_in):
         assert shown in data.question_text(rows_in(paper_row(**choice(options[0], *options)))[0])
 
 
+def test_fields_and_files_by_another_name_are_pointed_at(rows_in):
+    Image.new("RGB", (9, 9)).save(rows_in.folder / "images/caf\u00e9.png")
+    for changes, said in [({"path": "DROP", "images": ["x"]}, "path: is missing; 'images' looks like it"),
+                          ({"solution": "DROP", "answer": "5"}, "solution: is missing; 'answer' looks like it"),
+                          ({"path": "images/cafe\u0301.png"}, "in another Unicode form")]:
+        with pytest.raises(data.DataError, match=said):
+            rows_in(paper_row(**changes))
+    assert len(rows_in(paper_row(path="images/caf\u00e9.png"))) == 1
+
+
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="a clone stands alone: the tests above make rows of their own")
 def test_the_sample(rows_in):
     examples = data.load_examples(SAMPLE / "rows.json")
