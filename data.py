@@ -285,7 +285,7 @@ def _parse(text):
 
 
 OTHER_NAMES = {"path": ("image", "images", "image_path", "img"), "solution": ("answer", "answers", "ground_truth"),
-               "problem": ("question", "prompt"), "problem_id": ("id", "question_id")}  # of the paper's fields, elsewhere
+               "problem": ("question", "prompt"), "problem_id": ("id", "question_id")}  # elsewhere
 
 
 def _text(row, name):
@@ -390,7 +390,8 @@ class Processor:
     def __init__(self, tokenizer, image_processor, max_pixels=None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
         if max_pixels:
-            image_processor.size = {"shortest_edge": min(56 * 56, max_pixels), "longest_edge": max_pixels}
+            least = min(image_processor.size["shortest_edge"], max_pixels)
+            image_processor.size = {"shortest_edge": least, "longest_edge": max_pixels}
         self.image_token = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special = re.compile(f"({'|'.join(map(re.escape, special))})")

@@ -657,7 +657,7 @@ def device_and_dtype(config):
     return device, torch.bfloat16 if on_gpu else torch.float32, best if config.attn == "auto" else config.attn
 
 
-FAMILIES = ("qwen2_5_vl",)  # model types
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # not qwen3_5: its recurrent states aren't a cache to share
 
 
 def load(name, config):

@@ -40,7 +40,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (AutoModelForImageTextToText, GenerationConfig, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration,
+                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import data
@@ -3023,7 +3025,7 @@ def writes(name, content):
     (weights_of(lambda weights: weights | {"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
     (weights_of(lambda weights: weights | {"model.language_model.norm.weight": torch.ones(3)}),
      "1 weights are mismatched"),
-    (settings_of("config.json", model_type="qwen3_5"), "it is a qwen3_5, and this code trains qwen2_5_vl"),
+    (settings_of("config.json", model_type="qwen3_5"), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
     (settings_of("config.json", model_type="qwen2"), "it is a qwen2, "), (writes("config.json", "{}"), "config.json"),
     (writes("config.json", '{"model'), "config.json"), (settings_of("tokenizer_config.json", chat_template=None), None),
     (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), "its chat template .*: no system"),
@@ -3119,6 +3121,54 @@ def test_responses_without_the_format_are_reported_once(run, capsys):
     run("out", "--steps", 12)
     said = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
     assert len(said) == 1 and "no response of the first 10 steps is in the format" in said[0]
+
+
+def family_model(kind):
+    """A tiny Qwen2-VL or Qwen3-VL (16-pixel patches, deepstack) with the toy's tokenizer."""
+    tokenizer = data.toy_tokenizer()
+    pad, _, end, vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(data.SPECIAL_TOKENS)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, pad_token_id=pad,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+                bos_token_id=None, eos_token_id=end)
+    ids = dict(vision_start_token_id=vision_start, vision_end_token_id=vision_end, image_token_id=image,
+               video_token_id=video, tie_word_embeddings=True)
+    if kind == "qwen2_vl":
+        config = Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=dict(
+            depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2), **ids)
+    else:
+        rope |= {"mrope_interleaved": True}
+        config = Qwen3VLConfig(text_config=text | {"head_dim": 16, "rope_parameters": rope}, vision_config=dict(
+            depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
+            deepstack_visual_indexes=[0, 1], num_position_embeddings=64), **ids)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.03)
+    model.generation_config = GenerationConfig(eos_token_id=[end, *range(300, 400)], pad_token_id=pad)
+    return model, data.Processor(tokenizer, data.Qwen2VLImageProcessorPil(patch_size=14 if kind == "qwen2_vl" else 16))
+
+
+@pytest.mark.parametrize("kind, official", [("qwen2_vl", Qwen2VLForConditionalGeneration),
+                                            ("qwen3_vl", Qwen3VLForConditionalGeneration)])
+def test_its_sisters_run_the_whole_road(kind, official, flags, road_examples, tmp_path):
+    """Greedy tokens and gradients are the plain computation's, and a run leaves what the official class loads."""
+    data.save_folder(tmp_path / "model", *family_model(kind))
+    config, examples = road_config("--device", "cpu", "--max_pixels", "12544"), road_examples["mixed"]
+    policy, processor = sophia_min.load(tmp_path / "model", config)
+    assert sophia_min.self_test(policy, processor, examples, config) < 1e-5
+    assert all(processor.length(example) == len(processor.question(example).ids) for example in examples)
+    greedy = sophia_min.rollout(policy, processor, examples, 1, config, greedy=True)
+    for prompt, ids in zip(greedy.prompts, greedy.ids.tolist(), strict=True):
+        never = sophia_min.vision_ids(policy).tolist()
+        assert until_end(policy, ids) == plain_generate(policy, [prompt], suppress_tokens=never)[0].tolist()
+    batch, optimizer = sophia_min.rollout(policy, processor, examples, G, config), GradientsOnly(policy)
+    reference, advantages = moved(copy.deepcopy(policy), 5, 0.01).requires_grad_(False), advantages_of(batch)
+    sophia_min.update(policy, reference, optimizer, batch, advantages, config)
+    assert relative_error(optimizer.kept[0], plain_gradients(policy, reference, batch, advantages, config)[1]) < 1e-5
+    sophia_min.main(flags("out", "--model", tmp_path / "model", "--steps", 2))
+    official.from_pretrained(tmp_path / "out/model")
 
 
 # ---------------------------------------------------------------- settings
