@@ -799,6 +799,13 @@ def test_parse_score():
     assert [text for text in NO_SCORES if reward_model.parse_score(text) is not None] == []
 
 
+def test_a_score_may_stand_in_one_pair_of_answer_tags():
+    for text, score in [("<answer>0.7</answer>", 0.7), (" <answer> 1 </answer>\n", 1), ("<answer>0.7", None),
+                        ("0.7</answer>", None), ("<answer>0.7</answer><answer>0.7</answer>", None),
+                        ("<answer>1.1</answer>", None), ("so <answer>0.7</answer>", None), ("<answer></answer>", None)]:
+        assert sophia_min.parse_score(text) == score, text
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text() | st.text("01.5 -+e,\n", max_size=6) | st.floats().map(repr) | st.floats(0, 1).map("{:.3f}".format))
 def test_a_score_is_one_plain_number_or_none(text):
