@@ -39,10 +39,12 @@ from statistics import fmean as mean
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
@@ -95,6 +97,8 @@ class Config:
     max_prompt_tokens: int = setting(8192, "a longer prompt is an error, never cut", RELEASED)
     micro_batch: int = setting(4, "responses a backward pass: memory, not results")
     freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)")
+    lora: int = setting(0, "rank of low-rank adapters to train instead of all weights; --lr is then 10 times as high")
+    adapter: str | None = setting(None, "folder of an adapter to start from or to evaluate, from --lora or from peft")
     offload_optimizer: bool | None = setting(None, "AdamW and its 12 bytes a weight on the host; none: on a single GPU")
     seed: int = setting(0, "of everything random")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
@@ -110,10 +114,10 @@ class Config:
 TOY = dict(toy_pixels=56, reward_model="toy", questions_per_step=8, steps=70, lr=1e-4, max_new_tokens=80,
            micro_batch=64, save_every=25, out="runs/toy")  # defaults with --model toy, where they differ
 TRAINED_HERE = ("toy", "base", "misled")  # judges that learn from the toy world's oracle
-KEPT = ("model", "reward_model", "freeze_vision", "eval_only")  # what a resumed run can't change
+KEPT = ("model", "reward_model", "freeze_vision", "lora", "adapter", "eval_only")  # what a resumed run can't change
 LEAST = dict(toy_pixels=28, alpha=0, kl_coef=0, clip_eps=1e-6, group_size=2, questions_per_step=1, steps=1, lr=1e-12,
              inner_epochs=1, temperature=1e-3, max_new_tokens=1, min_new_tokens=0, max_pixels=3136, micro_batch=1,
-             max_prompt_tokens=1, seed=0, save_every=1)
+             max_prompt_tokens=1, lora=0, seed=0, save_every=1)
 
 
 # ---------------------------------------------------------------- section 3.3: the outcome reward R^o
@@ -303,10 +307,13 @@ class PrefixCache:
         return self
 
     def backward(self):
-        """The second half of the backward pass: from the keys and values into the prompt. FSDP gathers a layer when
-        the backward pass reaches its output: there it starts, with zeros, from the model's end."""
-        torch.autograd.backward(self.computed + self.end, [
-            leaf.grad for leaf in self.leaves] + [torch.zeros_like(end) for end in self.end])
+        """The second half of the backward pass: from the keys and values, where they depend on what is trained, into
+        the prompt. FSDP gathers a layer when the backward pass reaches its output: it starts, with zeros, at the end.
+        """
+        pairs = [(tensor, leaf.grad) for tensor, leaf in zip(self.computed, self.leaves) if tensor.requires_grad]
+        pairs += [(end, torch.zeros_like(end)) for end in self.end]
+        if pairs:
+            torch.autograd.backward(*zip(*pairs))
 
 
 def target_logits(model, prefix, rows, targets):
@@ -320,8 +327,8 @@ def target_logits(model, prefix, rows, targets):
 # ---------------------------------------------------------------- rollout: responses and their log-probabilities
 
 @torch.no_grad()
-def generate(model, prefix, max_new_tokens, temperature=None, scores=False, **limits):
-    """New token ids [N, R] for all rows of `prefix`, sampled at `temperature` or greedily, and, with `scores`, the
+def generate(model, prefix, max_new_tokens, temperature=None, logits=False, **limits):
+    """New token ids [N, R] for all rows of `prefix`, sampled at `temperature` or greedily, and, with `logits`, the
     logits [N, R, V] as filtered. Of the checkpoint's own generation settings nothing but its end ids counts."""
     inputs = prefix.inputs(torch.arange(len(prefix.tails)), *pad(prefix.tails, "left"))
     inputs["input_ids"] = torch.cat([prefix.ids[prefix.owner], inputs["input_ids"]], 1)  # it wants the whole sequence
@@ -330,13 +337,13 @@ def generate(model, prefix, max_new_tokens, temperature=None, scores=False, **li
         limits |= dict(do_sample=True, temperature=temperature, top_k=0)
     theirs, model.generation_config = model.generation_config, GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=end_ids(model), pad_token_id=end_ids(model)[0],
-        output_scores=scores, return_dict_in_generate=True, **limits)
+        output_scores=logits, return_dict_in_generate=True, **limits)
     try:
         with kept_whole(model):
             out = model.generate(**inputs, synced_gpus=False)
     finally:
         model.generation_config = theirs
-    return out.sequences[:, inputs["input_ids"].shape[1]:], torch.stack(out.scores, 1) if scores else None
+    return out.sequences[:, inputs["input_ids"].shape[1]:], torch.stack(out.scores, 1) if logits else None
 
 
 def end_ids(model):
@@ -366,23 +373,23 @@ class Rollout:
     mask: torch.Tensor  # [N, R]
     texts: list  # N
     truncated: int  # responses cut at max_new_tokens, without an end
-    scores: torch.Tensor = None  # if asked for: the logits [N, R, V] that generate drew from
+    logits: torch.Tensor = None  # if asked for: those that generate drew from [N, R, V]
     prefix: PrefixCache = None  # if asked for: the prompts' computation, for one update to go on from
 
 
-def rollout(policy, processor, examples, group_size, config, greedy=False, scores=False, grad=False):
+def rollout(policy, processor, examples, group_size, config, greedy=False, logits=False, grad=False):
     """G responses to each question, by one `generate` for all. `grad`: the prompts are computed with gradients, and
     kept for the update."""
     prompts = [processor.question(example) for example in examples]
     with torch.set_grad_enabled(grad):
         prefix = PrefixCache(policy, [[prompt] * group_size for prompt in prompts])
-    ids, scores = generate(policy, prefix, config.max_new_tokens, None if greedy else config.temperature, scores,
+    ids, logits = generate(policy, prefix, config.max_new_tokens, None if greedy else config.temperature, logits,
                            min_new_tokens=config.min_new_tokens or None, suppress_tokens=vision_ids(policy).tolist())
     mask, ends = response_mask(ids, end_ids(policy)), torch.tensor(end_ids(policy), device=ids.device)
     texts = [processor.opening + processor.decode(row[is_token == 1], end_ids(policy))
              for row, is_token in zip(ids, mask)]
     truncated = int((~torch.isin(ids, ends).any(1)).sum())
-    return Rollout(examples, prompts, ids, mask, texts, truncated, scores, prefix if grad else None)
+    return Rollout(examples, prompts, ids, mask, texts, truncated, logits, prefix if grad else None)
 
 
 def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
@@ -579,10 +586,11 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
                            dtype=torch.float64)  # R^o [Q, G], section 3.3
     thinking = judge.score(examples, groups).double() if judge else torch.full_like(outcome, math.nan)  # R^t, 3.2
     times.append(time.time())
-    trust = [trusted(*group, config.trust) for group in zip(outcome, thinking)]  # (R^t, gamma) [Q], Eq. 1-3
+    weighed, gammas = map(torch.stack, zip(*[
+        trusted(*group, config.trust) for group in zip(outcome, thinking)]))  # R^t [Q, G] and gamma [Q], Eq. 1-3
     rewards = torch.stack([
-        combined_reward(group, scores, step, config.steps, config.alpha, anneal=config.anneal, gamma=gamma)
-        for group, (scores, gamma) in zip(outcome, trust)])  # R [Q, G], Eq. 5
+        combined_reward(*group, step, config.steps, config.alpha, anneal=config.anneal, gamma=gamma)
+        for *group, gamma in zip(outcome, weighed, gammas)])  # R [Q, G], Eq. 5
     if not rewards.isfinite().all():
         raise FloatingPointError("a reward is not finite")
     advantages = torch.stack([group_advantages(group) for group in rewards])  # A [Q, G], Eq. 6
@@ -590,7 +598,7 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
     times.append(time.time())
     metrics |= {"truncated": batch.truncated, "prompt_tokens": mean(len(prompt.ids) for prompt in batch.prompts),
                 "format_rate": mean(extract_answer(text) is not None for text in batch.texts)}
-    rows = data.group_rows(step, examples, groups, [gamma.item() for _, gamma in trust], batch.mask.sum(1),
+    rows = data.group_rows(step, examples, groups, gammas.tolist(), batch.mask.sum(1),
                            outcome=outcome, thinking=thinking, reward=rewards, advantage=advantages)
     anneal = annealing(step, config.steps) if config.anneal else 1.0
     return data.log_line(step, all_gather((rows, metrics)), anneal, judge is not None, times)
@@ -608,11 +616,11 @@ def self_test(policy, processor, examples, config):
     mean in bf16, where single tokens differ by rounding."""
     short = replace(config, max_new_tokens=min(config.max_new_tokens, 64),  # [N, R, V] in fp32 is large
                     min_new_tokens=min(config.min_new_tokens, 64))
-    batch = rollout(policy, processor, examples, 2, short, scores=True)
+    batch = rollout(policy, processor, examples, 2, short, logits=True)
     with torch.no_grad():
         prefix = PrefixCache(policy, [[prompt] * 2 for prompt in batch.prompts])
         logp, _ = response_logps(policy, prefix, batch, torch.arange(len(batch.ids)), 0, short)  # [N, R]
-    sampled = batch.scores.float().log_softmax(-1).gather(-1, batch.ids.unsqueeze(-1)).squeeze(-1)  # [N, R or more]
+    sampled = batch.logits.float().log_softmax(-1).gather(-1, batch.ids.unsqueeze(-1)).squeeze(-1)  # [N, R or more]
     gaps = (logp - sampled[:, :logp.shape[1]]).abs()[batch.mask[:, :logp.shape[1]] == 1]
     exact = prefix.keys_values[0][0].dtype != torch.bfloat16
     gap, tolerance = (gaps.max().item(), 1e-4) if exact else (gaps.mean().item(), BF16_TOLERANCE)
@@ -694,10 +702,9 @@ class MasterAdamW:
     since bf16 keeps three digits. Gradients add up in fp32, too. `offload`: masters and moments, 12 bytes a weight,
     stay in host memory, and AdamW runs there."""
 
-    def __init__(self, model, lr, betas=(0.9, 0.999), offload=False):
-        reshard(model)
-        self.names, self.weights = zip(*[(name, w) for name, w in model.named_parameters() if w.requires_grad])
-        self.masters = self.weights
+    def __init__(self, model, lr, betas=(0.9, 0.999), offload=False, average=False):
+        self.average = average  # gradients over the ranks, where FSDP doesn't
+        self.weights = self.masters = [weight for weight in model.parameters() if weight.requires_grad]
         if offload or model.dtype == torch.bfloat16:
             self.masters = [torch.nn.Parameter(weight.detach().to("cpu" if offload else weight.device, torch.float32,
                                                                   copy=True)) for weight in self.weights]
@@ -710,6 +717,8 @@ class MasterAdamW:
     def step(self, max_norm=4.0):  # released config
         """Clip, move the masters, copy them into the model. Returns the gradient's norm; raises before anything moves
         if it isn't finite."""
+        for weight in self.weights if self.average else ():
+            distributed.all_reduce(weight.grad.div_(WORLD))
         apart = [pair for pair in zip(self.weights, self.masters) if pair[0] is not pair[1]]
         for weight, master in apart:
             master.grad, weight.grad = None if weight.grad is None else weight.grad.to(master.device), None
@@ -724,36 +733,109 @@ class MasterAdamW:
 
     def state(self):
         """What a resumed run needs, in fp32 and in one piece: the same from one process and from several."""
-        state = {"weights": dict(zip(self.names, map(torch.Tensor.detach, self.masters))),
-                 "adamw": self.adamw.state_dict()}
+        state = {"weights": [master.detach() for master in self.masters], "adamw": self.adamw.state_dict()}
         return tree_map(lambda value: on_rank_0(value) if isinstance(value, torch.Tensor) else value, state)
 
     @torch.no_grad()
-    def restore(self, model, saved):
-        """Put a saved state back, however many processes it came from."""
+    def restore(self, saved):
+        """Put a saved state back, however many processes it came from, before the model's first forward pass."""
         def parts(tensor, like):
             if not isinstance(like, DTensor) or tensor.shape != like.shape:
                 return tensor
             return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
-        reshard(model)
-        for name, weight, master in zip(self.names, self.weights, self.masters):
-            master.copy_(parts(saved["weights"][name], master))
+        for weight, master, value in zip(self.weights, self.masters, saved["weights"], strict=True):
+            master.copy_(parts(value, master))
             weight.copy_(master)
         moments = {i: {key: parts(value, self.masters[i]) for key, value in state.items()}
                    for i, state in saved["adamw"]["state"].items()}
         self.adamw.load_state_dict(saved["adamw"] | {"state": moments})
 
 
+def read_adapter(folder):
+    """(base, alpha, weights) of an adapter in peft's format; the run ends in one line if it's none, or another kind."""
+    try:
+        data.check_folder(folder)
+        settings = json.loads(Path(folder, "adapter_config.json").read_text())
+        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+            if settings.get(name):
+                raise ValueError(f"{name} isn't known here")
+        weights = load_file(Path(folder, "adapter_model.safetensors"))
+        return settings["base_model_name_or_path"], float(settings["lora_alpha"]), weights
+    except data.MODEL_ERRORS as error:
+        raise SystemExit(f"{folder} can't be used as an adapter: {error!r}") from error
+
+
+class LoRA:
+    """Low-rank adapters (Hu et al., 2021) beside the linear layers of a policy's language model: W x + s B A x, with W
+    frozen, s = 2 and B zero at the start. Called like the policy, this computes without them: the reference, without a
+    second copy. `base`: what an adapter that is saved names as its base; `folder`: one in peft's format to go on from.
+    """
+
+    def __init__(self, policy, rank, base, folder=None):
+        self.policy, self.base, self.scale, self.on = policy.requires_grad_(False), base, 2.0, True
+        self.layers = {name: layer for name, layer in policy.named_modules()
+                       if isinstance(layer, torch.nn.Linear) and name.startswith("model.language_model.")}
+        random = torch.Generator().manual_seed(0)  # the same on all ranks
+        pairs = {name: ((torch.rand(rank, layer.in_features, generator=random) * 2 - 1) / layer.in_features ** 0.5,
+                        torch.zeros(layer.out_features, rank)) for name, layer in self.layers.items()}
+        if folder:
+            made_for, alpha, saved = read_adapter(folder)
+            pairs = {name: [saved.pop(key) for key in self.keys(name)]
+                     for name in self.layers if set(self.keys(name)) <= set(saved)}
+            shapes = {(len(b), a.shape[1]) == tuple(self.layers[name].weight.shape) and len(a) == (rank or b.shape[1])
+                      for name, (a, b) in pairs.items()}
+            if saved or shapes != {True}:
+                raise SystemExit(f"--adapter {folder}: made for {made_for}, it doesn't fit the linear layers of the "
+                                 "language model, or has another rank than --lora")
+            self.scale = alpha / len(next(iter(pairs.values()))[0])
+        self.layers = {name: self.layers[name] for name in pairs}
+        for name, layer in self.layers.items():
+            layer.lora_A, layer.lora_B = [torch.nn.Parameter(part.to(layer.weight)) for part in pairs[name]]
+            layer.register_forward_hook(self.add)
+
+    def add(self, layer, inputs, output):
+        """A layer's output with its adapter's."""
+        return output + linear(linear(inputs[0], layer.lora_A), layer.lora_B) * self.scale if self.on else output
+
+    def __call__(self, **inputs):
+        self.on = False
+        try:
+            return self.policy(**inputs)
+        finally:
+            self.on = True
+
+    def __getattr__(self, name):  # its config, its device, ..
+        return getattr(self.policy, name)
+
+    def keys(self, name):
+        """What A [r, in] and B [out, r] of a layer are called in peft's files."""
+        return [f"base_model.model.{name}.lora_{part}.weight" for part in "AB"]
+
+    def merged(self):
+        """The policy's weights with s B A added. In bf16 that rounds, some 5e-3 nats a token: the adapter is exact."""
+        weights = {name: weight for name, weight in self.policy.state_dict().items() if ".lora_" not in name}
+        for name, layer in self.layers.items():
+            change = self.scale * layer.lora_B.float() @ layer.lora_A.float()
+            weights[f"{name}.weight"] = (layer.weight.float() + change).to(layer.weight.dtype)
+        return weights
+
+    def save_pretrained(self, folder, state_dict=None):
+        """Write the adapter as peft reads it."""
+        rank, kinds = len(next(iter(self.layers.values())).lora_A), {name.rpartition(".")[2] for name in self.layers}
+        Path(folder).mkdir(parents=True)
+        save_file({key: part.detach().cpu() for name, layer in self.layers.items()
+                   for key, part in zip(self.keys(name), (layer.lora_A, layer.lora_B))},
+                  Path(folder, "adapter_model.safetensors"))
+        data.write_json(Path(folder, "adapter_config.json"), {
+            "peft_type": "LORA", "r": rank, "lora_alpha": self.scale * rank, "bias": "none",
+            "target_modules": rf"model\.language_model\..*\.({'|'.join(sorted(kinds))})",
+            "base_model_name_or_path": self.base})
+
+
 def is_sharded(model):
     """Whether the model is spread over ranks, which must then pass through it equally often."""
     return isinstance(model, FSDPModule)
-
-
-def reshard(model):
-    """After a forward pass FSDP leaves the root's weights in one piece: back into the parts that a rank owns."""
-    if is_sharded(model):
-        model.reshard()
 
 
 def whole(tensor):
@@ -817,41 +899,49 @@ def save_checkpoint(config, step, optimizer, examples):
                          f"room, then go on with --resume {config.out}") from error
 
 
-def load_checkpoint(config, policy, optimizer, examples):
-    """Put a saved state into policy and optimizer; returns its step. The log is cut to it."""
+def load_checkpoint(config, optimizer, examples):
+    """Put a saved state into the optimizer and its model; returns its step. The log is cut to it."""
     state = data.read_checkpoint(Path(config.out, "checkpoint", "state.pt"))
     if state["rows"] != data.digest(examples):
         raise SystemExit(f"{config.data} doesn't hold the rows that the run began with; restore them")
     try:
-        optimizer.restore(policy, state)
-    except (KeyError, RuntimeError) as error:
+        optimizer.restore(state)
+    except (KeyError, RuntimeError, ValueError) as error:
         raise SystemExit(f"{config.out}/checkpoint: its start and its state are of two models: {error}") from error
     data.cut_log(config.out, state["step"])
     return state["step"]
 
 
 def load_models(config):
-    """(policy, Processor, reference or None, judge or None): as named, from the folders in which the toy world is
-    prepared, or from those that a run left and --resume continues."""
-    names, kept = {"start": config.model, "reward_model": config.reward_model}, Path(config.out, "checkpoint")
-    judge = None
+    """(policy, Processor, reference or None, judge or None, LoRA or None): as named, from the folders in which the toy
+    world is prepared, or from those that a run left and --resume continues."""
+    names = {"start": config.model, "reward_model": config.reward_model, "adapter": config.adapter}
+    kept = Path(config.out, "checkpoint")
+    judge = adapters = reference = None
     if config.resume:
         names = {name: str(kept / name) if (kept / name).exists() else given for name, given in names.items()}
     elif config.model == "toy" or config.reward_model in TRAINED_HERE and not config.eval_only:
         from reward_model import prepare  # it makes folders like any other
-        names = all_gather(prepare(config) if RANK == 0 else None)[0]
+        names |= all_gather(prepare(config) if RANK == 0 else None)[0]
     policy, processor = load(names["start"], config)
-    policy.model.visual.requires_grad_(not config.freeze_vision)
     if config.reward_model != "none" and not config.eval_only:
         judge = ThinkingRewardModel(*load(names["reward_model"], config), config.rm_mode, config.rm_prompt)
     for name, made in {"start": (policy, processor), "reward_model": judge and (judge.model, judge.processor)}.items():
         if made and Path(names[name]).is_dir() and not (config.resume or config.eval_only):  # can't be had again by id
             data.save_folder(kept / name, *made)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.kl_coef and not config.eval_only else None
-    if WORLD > 1:
+    if config.lora or config.adapter:
+        base = str(kept / "start") if Path(names["start"]).is_dir() else names["start"]
+        adapters = LoRA(policy, config.lora, base, names["adapter"])
+        if config.adapter and not (config.resume or config.eval_only):
+            data.save_folder(kept / "adapter", adapters, processor)
+    else:
+        policy.model.visual.requires_grad_(not config.freeze_vision)
+    if config.kl_coef and not config.eval_only:
+        reference = adapters or copy.deepcopy(policy).requires_grad_(False)
+    if WORLD > 1 and not adapters:
         dtype = policy.dtype
         policy, reference = shard(policy.float(), dtype), reference and shard(reference, dtype)
-    return policy, processor, reference, judge
+    return policy, processor, reference, judge, adapters
 
 
 def configure(argv=None):
@@ -865,9 +955,15 @@ def configure(argv=None):
         if action.dest in TOY:
             action.help = f"{action.help[:-1]}; {TOY[action.dest]} with --model toy)"
     first, _ = parser.parse_known_args(argv)
+    alone = Path(first.model, "adapter_config.json").is_file()  # an adapter, which names its base
     if first.resume:
         before = data.stored_settings(first.resume, asdict(Config()), parser)
-    config = parser.parse(argv, **(before or (TOY if first.model == "toy" else {})))
+    defaults = before or dict(TOY if first.model == "toy" else {})
+    if not before and (first.lora or first.adapter or alone):
+        defaults["lr"] = round(10 * defaults.get("lr", Config.lr), 9)  # ours
+    config = parser.parse(argv, **defaults)
+    if alone and not before:
+        config.model, config.adapter = read_adapter(config.model)[0], config.model
     if config.reward_model == "base" and config.model != "toy":
         config.reward_model = config.model  # the untrained judge of a real model: that model itself
     for wrong, why in [
@@ -904,7 +1000,7 @@ def train(config, examples, held_out, about):
     print(f"policy        {config.model}\nreward model  {config.reward_model}\ndata          {about}\n"
           f"computing     {device}, {str(dtype)[6:]}, {attention} attention{f', {WORLD} processes' * (WORLD > 1)}")
     set_seed(config.seed)
-    policy, processor, reference, judge = load_models(config)
+    policy, processor, reference, judge, adapters = load_models(config)
     same, results, first = held_out is examples, {}, 1
     examples = data.check_lengths(examples, processor, config)
     held_out = examples if same else data.check_lengths(held_out, processor, config)
@@ -917,13 +1013,13 @@ def train(config, examples, held_out, about):
         check_up("before")
         return print(f"{data.table(results)}\nIn {out / 'eval.json'}, under \"before\".")
     offload = device.startswith("cuda") and WORLD == 1 if config.offload_optimizer is None else config.offload_optimizer
-    optimizer = MasterAdamW(policy, config.lr, offload=offload)
-    gap = self_test(policy, processor, examples[:4] + [e for e in examples if e.image is None][:1], config)
-    print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
+    optimizer = MasterAdamW(policy, config.lr, offload=offload, average=WORLD > 1 and not is_sharded(policy))
     if config.resume:
-        first = load_checkpoint(config, policy, optimizer, examples) + 1
+        first = load_checkpoint(config, optimizer, examples) + 1
         results = json.loads((out / "eval.json").read_text())
         print(f"going on      after step {first - 1} of {config.steps}")
+    gap = self_test(policy, processor, examples[:4] + [e for e in examples if e.image is None][:1], config)
+    print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
     data.write_json(out / "config.json", asdict(config) | {"resume": None})
     if not config.resume:
         check_up("before", None if same else 0)
@@ -950,9 +1046,13 @@ def train(config, examples, held_out, about):
             if stop:
                 raise SystemExit(f"stopped after step {step}; go on with --resume {out}")
     check_up("after", None if same else config.steps)
-    data.save_folder(out / "model", policy, processor, {name: on_rank_0(w) for name, w in policy.state_dict().items()})
+    weights = adapters.merged() if adapters else policy.state_dict()
+    data.save_folder(out / "model", policy, processor, {name: on_rank_0(weight) for name, weight in weights.items()})
+    if adapters:
+        data.save_folder(out / "adapter", adapters, processor)
     data.write_report(out)
-    print(f"{data.table(results)}\nLook at {out / 'report.html'}; the trained model is {out / 'model'}")
+    print(f"{data.table(results)}\nLook at {out / 'report.html'}; the trained model is {out / 'model'}" + (
+          f", rounded; the adapter itself, {out / 'adapter'}, is exact" if adapters else ""))
 
 
 def main(argv=None):
