@@ -38,12 +38,13 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (AutoTokenizer, GenerationConfig, HfArgumentParser, PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, HfArgumentParser,
+                          PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_flash_attn_2_available
 
 # One process, or several under torchrun: each computes its share, and rank 0 alone writes and shows.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -528,6 +529,82 @@ def digest(examples):
     """What tells rows apart from others: a hash of what they ask and of what is right."""
     rows = [(e.id, e.problem, e.problem_type, e.options, e.solution) for e in examples]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- model folders
+
+def device_and_dtype(config):
+    """(device, dtype, attention) to compute with: bf16 and, where it can be used, flash-attn on CUDA."""
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = device.startswith("cuda")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN for some masks: pytorch issue 196678
+    best = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
+    return device, torch.bfloat16 if on_gpu else torch.float32, best if config.attn == "auto" else config.attn
+
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # not qwen3_5: its recurrent states aren't a cache to share
+
+
+def load(name, config):
+    """(model, Processor) of a Hugging Face id or folder, checked: right, or the run ends in one line."""
+    name, (device, dtype, attention) = str(name), device_and_dtype(config)
+    if re.fullmatch(r"Qwen/Qwen2\.5-VL-\d+B", name):
+        print(f"{name} is published as {name}-Instruct: loading that")
+        name += "-Instruct"
+    try:
+        check_folder(name)
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind not in FAMILIES:
+            raise ValueError(f"it is a {kind}, and this code trains {', '.join(FAMILIES)}.")
+        processor = Processor.from_pretrained(name, config.max_pixels)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True)
+        for fault in ("missing", "mismatched", "unexpected"):
+            if keys := sorted(map(str, report[f"{fault}_keys"])):
+                raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {', '.join(keys[:3])}.")
+        if len(processor.tokenizer) > len(model.get_input_embeddings().weight):
+            raise ValueError("its tokenizer has more tokens than its model has embeddings.")
+    except MODEL_ERRORS as error:
+        network = "" if Path(name).exists() else " Is there such an id, and a network or a cached copy?"
+        file = "its *.safetensors are damaged: " * isinstance(error, SafetensorError)
+        raise SystemExit(f"{name} can't be used: {file}{' '.join(str(error).split())[:400]}{network}") from error
+    eos = model.generation_config.eos_token_id
+    ends = [processor.turn_end, *(eos if isinstance(eos, list) else [eos] * (eos is not None))]
+    model.generation_config.eos_token_id = list(dict.fromkeys(ends))
+    return model.to(device).eval(), processor
+
+
+def read_adapter(folder):
+    """(base, s, {layer: [A, B]}) of an adapter in peft's format; one of another kind ends the run in one line."""
+    try:
+        check_folder(folder)
+        settings = json.loads(Path(folder, "adapter_config.json").read_text())
+        weights, rank = load_file(Path(folder, "adapter_model.safetensors")), settings["r"]
+        names = sorted({key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in weights})
+        pairs = {name: [weights.pop(key) for key in adapter_keys(name)] for name in names}
+        other = [*weights, *(name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
+                                               "modules_to_save") if settings.get(name))]
+        if other or {len(a) for a, _ in pairs.values()} != {rank}:
+            raise ValueError(f"not one rank {rank}, or more than A and B: {', '.join(other[:3])}")
+        return settings["base_model_name_or_path"], settings["lora_alpha"] / rank, pairs
+    except MODEL_ERRORS as error:
+        raise SystemExit(f"{folder} can't be used as an adapter: {error!r}") from error
+
+
+def write_adapter(folder, pairs, alpha, base):
+    """An adapter as peft reads it: pairs {layer: (A [r, in], B [out, r])}; `base` is what it belongs to."""
+    Path(folder).mkdir(parents=True)
+    save_file({key: part.detach().cpu() for name, pair in pairs.items() for key, part in zip(adapter_keys(name), pair)},
+              Path(folder, "adapter_model.safetensors"))
+    kinds = sorted({name.rpartition(".")[2] for name in pairs})
+    write_json(Path(folder, "adapter_config.json"), {
+        "peft_type": "LORA", "r": len(next(iter(pairs.values()))[0]), "lora_alpha": alpha, "bias": "none",
+        "target_modules": rf"model\.language_model\..*\.({'|'.join(kinds)})", "base_model_name_or_path": base})
+
+
+def adapter_keys(name):
+    """What A and B of a layer are called in peft's files."""
+    return [f"base_model.model.{name}.lora_{part}.weight" for part in "AB"]
 
 
 # ---------------------------------------------------------------- text measures
@@ -1345,6 +1422,19 @@ def paired_difference(before, after):
         return f"{changes.mean():+.3f}, too few questions for an interval"
     half = 1.96 * changes.std(ddof=1) / math.sqrt(len(changes))
     return f"{changes.mean():+.3f}, 95% interval {changes.mean() - half:+.3f} to {changes.mean() + half:+.3f}"
+
+
+def evaluation(examples, texts, right, format_rate):
+    """What eval.json says: {accuracy, format_rate, n, by_type}; `soundness`, the share of right answers whose thinking
+    is sound, where the examples know it; `right`, a 0/1 a question."""
+    kinds = {kind: [hit for example, hit in zip(examples, right) if example.problem_type == kind]
+             for kind in sorted({example.problem_type for example in examples})}
+    result = {"accuracy": fmean(right), "format_rate": format_rate, "n": len(right),
+              "by_type": {kind: {"accuracy": fmean(hits), "n": len(hits)} for kind, hits in kinds.items()}}
+    if examples[0].soundness:
+        sound = [example.soundness(text) >= SOUND for example, text, hit in zip(examples, texts, right) if hit]
+        result["soundness"] = fmean(sound) if sound else None
+    return result | {"right": right}
 
 
 def table(results):

@@ -10,14 +10,14 @@ answers got the better thinking scores, the judge's weight gamma falls (Eq. 3); 
 rewards become advantages in the group (Eq. 6) of a clipped update that stays near a frozen reference (Eq. 7).
 
 Departures from the paper:
-- OCR: exp(-WER), as in the released code: -WER is never >= 0.5, so Eq. 1 would never call a reading right.
-- A response in the wrong format earns R^o = 0 (the authors say so, the paper doesn't); it is judged all the same.
+- OCR: exp(-WER), as released: -WER is never >= 0.5, so Eq. 1 would never call a reading right.
+- The wrong format earns R^o = 0 (the authors say so, the paper doesn't), and is judged all the same.
 - Eq. 1-2 with nobody right or nobody wrong: gamma = 1. One score that the judge didn't give drops the group's thinking
   term; such groups are counted. Eq. 6: unbiased std + 1e-6 as released, and exact zeros where all rewards are equal.
-- Eq. 7 names one ratio a response; like the released code we take one a token. We average over a response's tokens,
-  then over responses (released: over all tokens).
-- The judge reads the whole response, answer included (paper: question and thinking). One that we train reads it as a
-  turn of its own and may check the claims in writing before it scores (the toy's does); others see RELEASED_LAYOUT.
+- Eq. 7: one ratio a token, as released (paper: a response); the mean over a response's tokens, then over responses
+  (released: over all tokens).
+- The judge reads the whole response, answer included (paper: question and thinking): if we trained it, as a turn of its
+  own, and it may check the claims in writing before it scores (the toy's does); else in RELEASED_LAYOUT.
 - Ids that stand for pictures are ruled out, in sampling and in log-probabilities. Against the released code: no entropy
   bonus (1e-3 there), top_p 1 (0.9 there, ignored by its update), a quarter of its max_pixels.
 """
@@ -39,7 +39,6 @@ from statistics import fmean as mean
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -48,12 +47,10 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint as recompute
-from transformers import (AutoConfig, AutoModelForImageTextToText, DynamicCache, GenerationConfig,
-                          Qwen2_5_VLForConditionalGeneration, set_seed)
-from transformers.utils import is_flash_attn_2_available
+from transformers import DynamicCache, GenerationConfig, Qwen2_5_VLForConditionalGeneration, set_seed
 
 import data
-from data import RANK, WORLD, progress
+from data import RANK, WORLD, device_and_dtype, load, progress
 
 # ---------------------------------------------------------------- settings
 
@@ -445,7 +442,7 @@ DELIMITER, ASK = "score:", "Rate it."
 JUDGE_FORM = {"generate": JUST_THE_SCORE, "expected": JUST_THE_SCORE, "reason": (
     f' First check each claim in the thinking, in a few words. Then write "{DELIMITER}" and one number from 0 to 1, in '
     "steps of 0.1.")}
-TAGGED = " Write one number from 0 to 1, in steps of 0.1, and nothing else, as <answer>score</answer>."
+TAGGED = JUST_THE_SCORE[:-1] + ", as <answer>score</answer>."
 # How the released reward model is asked, in our words: text first, the response inside it, the picture last.
 RELEASED_LAYOUT = JUDGE_PROMPT.replace("answers below are", "response below is") + """ Judge how it thinks, not \
 whether its final answer is right, and be strict: 1.0 is for thinking without a flaw, 0.0 for thinking without worth.
@@ -632,70 +629,21 @@ def self_test(policy, processor, examples, config):
 
 
 def evaluate(policy, processor, examples, config, desc, step=None):
-    """Greedy answers: {accuracy, format_rate, n, by_type}, and `soundness`, the share of right answers whose thinking
-    is sound, where the examples know it. Right means R^o >= 0.5, as in Eq. 1. `right` holds one 0/1 a question."""
+    """Greedy answers, as data.evaluation counts them. Right means R^o >= 0.5, as in Eq. 1."""
     n, at_once = len(examples), max(1, config.questions_per_step * config.group_size // (2 * WORLD))
     own = [examples[i % n] for i in range(RANK, math.ceil(n / WORLD) * WORLD, WORLD)]  # as many a rank: some twice
     texts = all_gather([text for _, text in responses(policy, processor, own, 1, at_once, config, desc, greedy=True)])
-    answered = list(zip(examples, (text for part in zip(*texts) for text in part)))  # rank r has r, r + WORLD, ..
-    right = [int(reward_of(example, text) >= 0.5) for example, text in answered]
-    by_type = {kind: [hit for example, hit in zip(examples, right) if example.problem_type == kind]
-               for kind in sorted({example.problem_type for example in examples})}
-    result = {"accuracy": mean(right), "format_rate": mean(extract_answer(text) is not None for _, text in answered),
-              "n": n, "by_type": {kind: {"accuracy": mean(hits), "n": len(hits)} for kind, hits in by_type.items()}}
-    if examples[0].soundness:
-        sound = [example.soundness(text) >= data.SOUND for (example, text), hit in zip(answered, right) if hit]
-        result["soundness"] = mean(sound) if sound else None
+    texts = [text for of_ranks in zip(*texts) for text in of_ranks][:n]  # rank r has questions r, r + WORLD, ..
+    right = [int(reward_of(example, text) >= 0.5) for example, text in zip(examples, texts)]
     if config.save_rollouts and step is not None:
         data.write_rollouts(config.out, [
             data.about(example, step) | {"held_out": True, "response": text, "outcome": hit}
-            for (example, text), hit in zip(answered, right)])
-    return result | {"right": right}
+            for example, text, hit in zip(examples, texts, right)])
+    return data.evaluation(examples, texts, right, mean(extract_answer(text) is not None for text in texts))
 
 
 # ---------------------------------------------------------------- skip at first reading
-# Precision, sharding, checkpoints, the loading of models, the command line. Go on at "the run".
-
-def device_and_dtype(config):
-    """(device, dtype, attention) to compute with: bf16 and, where it can be used, flash-attn on CUDA."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = device.startswith("cuda")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN for some masks: pytorch issue 196678
-    best = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
-    return device, torch.bfloat16 if on_gpu else torch.float32, best if config.attn == "auto" else config.attn
-
-
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # not qwen3_5: its recurrent states aren't a cache to share
-
-
-def load(name, config):
-    """(model, Processor) of a Hugging Face id or folder, checked: right, or the run ends in one line."""
-    name, (device, dtype, attention) = str(name), device_and_dtype(config)
-    if re.fullmatch(r"Qwen/Qwen2\.5-VL-\d+B", name):
-        print(f"{name} is published as {name}-Instruct: loading that")
-        name += "-Instruct"
-    try:
-        data.check_folder(name)
-        kind = AutoConfig.from_pretrained(name).model_type
-        if kind not in FAMILIES:
-            raise ValueError(f"it is a {kind}, and this code trains {', '.join(FAMILIES)}.")
-        processor = data.Processor.from_pretrained(name, config.max_pixels)
-        model, report = AutoModelForImageTextToText.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True)
-        for fault in ("missing", "mismatched", "unexpected"):
-            if keys := sorted(map(str, report[f"{fault}_keys"])):
-                raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {', '.join(keys[:3])}.")
-        if len(processor.tokenizer) > len(model.get_input_embeddings().weight):
-            raise ValueError("its tokenizer has more tokens than its model has embeddings.")
-    except data.MODEL_ERRORS as error:
-        network = "" if Path(name).exists() else " Is there such an id, and a network or a cached copy?"
-        file = "its *.safetensors are damaged: " * isinstance(error, data.SafetensorError)
-        raise SystemExit(f"{name} can't be used: {file}{' '.join(str(error).split())[:400]}{network}") from error
-    eos = model.generation_config.eos_token_id
-    ends = [processor.turn_end, *(eos if isinstance(eos, list) else [eos] * (eos is not None))]
-    model.generation_config.eos_token_id = list(dict.fromkeys(ends))
-    return model.to(device).eval(), processor
-
+# Precision, LoRA, sharding, checkpoints, the command line. Go on at "the run".
 
 class MasterAdamW:
     """AdamW on fp32 master weights, for a bf16 model that computes: at lr 5e-7 its own weights would swallow the steps,
@@ -722,7 +670,8 @@ class MasterAdamW:
         apart = [pair for pair in zip(self.weights, self.masters) if pair[0] is not pair[1]]
         for weight, master in apart:
             master.grad, weight.grad = None if weight.grad is None else weight.grad.to(master.device), None
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.masters, max_norm))
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, max_norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if not torch.isfinite(norm):
             raise FloatingPointError(f"the gradient norm is {norm.item()}")
         self.adamw.step()
@@ -752,20 +701,6 @@ class MasterAdamW:
         self.adamw.load_state_dict(saved["adamw"] | {"state": moments})
 
 
-def read_adapter(folder):
-    """(base, alpha, weights) of an adapter in peft's format; the run ends in one line if it's none, or another kind."""
-    try:
-        data.check_folder(folder)
-        settings = json.loads(Path(folder, "adapter_config.json").read_text())
-        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-            if settings.get(name):
-                raise ValueError(f"{name} isn't known here")
-        weights = load_file(Path(folder, "adapter_model.safetensors"))
-        return settings["base_model_name_or_path"], float(settings["lora_alpha"]), weights
-    except data.MODEL_ERRORS as error:
-        raise SystemExit(f"{folder} can't be used as an adapter: {error!r}") from error
-
-
 class LoRA:
     """Low-rank adapters (Hu et al., 2021) beside the linear layers of a policy's language model: W x + s B A x, with W
     frozen, s = 2 and B zero at the start. Called like the policy, this computes without them: the reference, without a
@@ -776,19 +711,16 @@ class LoRA:
         self.policy, self.base, self.scale, self.on = policy.requires_grad_(False), base, 2.0, True
         self.layers = {name: layer for name, layer in policy.named_modules()
                        if isinstance(layer, torch.nn.Linear) and name.startswith("model.language_model.")}
-        random = torch.Generator().manual_seed(0)  # the same on all ranks
-        pairs = {name: ((torch.rand(rank, layer.in_features, generator=random) * 2 - 1) / layer.in_features ** 0.5,
-                        torch.zeros(layer.out_features, rank)) for name, layer in self.layers.items()}
         if folder:
-            made_for, alpha, saved = read_adapter(folder)
-            pairs = {name: [saved.pop(key) for key in self.keys(name)]
-                     for name in self.layers if set(self.keys(name)) <= set(saved)}
-            shapes = {(len(b), a.shape[1]) == tuple(self.layers[name].weight.shape) and len(a) == (rank or b.shape[1])
-                      for name, (a, b) in pairs.items()}
-            if saved or shapes != {True}:
+            made_for, self.scale, pairs = data.read_adapter(folder)
+            if not all(name in self.layers and (b @ a).shape == self.layers[name].weight.shape
+                       and len(a) == (rank or len(a)) for name, (a, b) in pairs.items()):
                 raise SystemExit(f"--adapter {folder}: made for {made_for}, it doesn't fit the linear layers of the "
-                                 "language model, or has another rank than --lora")
-            self.scale = alpha / len(next(iter(pairs.values()))[0])
+                                 "language model, or it has another rank than --lora")
+        else:
+            random = torch.Generator().manual_seed(0)  # the same on all ranks
+            pairs = {name: ((torch.rand(rank, layer.in_features, generator=random) * 2 - 1) / layer.in_features ** 0.5,
+                            torch.zeros(layer.out_features, rank)) for name, layer in self.layers.items()}
         self.layers = {name: self.layers[name] for name in pairs}
         for name, layer in self.layers.items():
             layer.lora_A, layer.lora_B = [torch.nn.Parameter(part.to(layer.weight)) for part in pairs[name]]
@@ -808,10 +740,6 @@ class LoRA:
     def __getattr__(self, name):  # its config, its device, ..
         return getattr(self.policy, name)
 
-    def keys(self, name):
-        """What A [r, in] and B [out, r] of a layer are called in peft's files."""
-        return [f"base_model.model.{name}.lora_{part}.weight" for part in "AB"]
-
     def merged(self):
         """The policy's weights with s B A added. In bf16 that rounds, some 5e-3 nats a token: the adapter is exact."""
         weights = {name: weight for name, weight in self.policy.state_dict().items() if ".lora_" not in name}
@@ -822,15 +750,8 @@ class LoRA:
 
     def save_pretrained(self, folder, state_dict=None):
         """Write the adapter as peft reads it."""
-        rank, kinds = len(next(iter(self.layers.values())).lora_A), {name.rpartition(".")[2] for name in self.layers}
-        Path(folder).mkdir(parents=True)
-        save_file({key: part.detach().cpu() for name, layer in self.layers.items()
-                   for key, part in zip(self.keys(name), (layer.lora_A, layer.lora_B))},
-                  Path(folder, "adapter_model.safetensors"))
-        data.write_json(Path(folder, "adapter_config.json"), {
-            "peft_type": "LORA", "r": rank, "lora_alpha": self.scale * rank, "bias": "none",
-            "target_modules": rf"model\.language_model\..*\.({'|'.join(sorted(kinds))})",
-            "base_model_name_or_path": self.base})
+        pairs = {name: (layer.lora_A, layer.lora_B) for name, layer in self.layers.items()}
+        data.write_adapter(folder, pairs, self.scale * len(next(iter(pairs.values()))[0]), self.base)
 
 
 def is_sharded(model):
@@ -838,14 +759,9 @@ def is_sharded(model):
     return isinstance(model, FSDPModule)
 
 
-def whole(tensor):
-    """A tensor that may be spread over the ranks, in one piece; all ranks must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def on_rank_0(tensor):
-    """The same in host memory, for rank 0 alone, so that no card holds more than one in one piece; else None."""
-    tensor = whole(tensor)
+    """A tensor that may be spread over the ranks, which all must ask for it: whole, in host memory, for rank 0 alone."""
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.cpu() if RANK == 0 else None
 
 
@@ -963,7 +879,7 @@ def configure(argv=None):
         defaults["lr"] = round(10 * defaults.get("lr", Config.lr), 9)  # ours
     config = parser.parse(argv, **defaults)
     if alone and not before:
-        config.model, config.adapter = read_adapter(config.model)[0], config.model
+        config.model, config.adapter = data.read_adapter(config.model)[0], config.model
     if config.reward_model == "base" and config.model != "toy":
         config.reward_model = config.model  # the untrained judge of a real model: that model itself
     for wrong, why in [

@@ -3347,7 +3347,7 @@ def test_without_a_network_a_model_id_ends_in_one_line(flags, capsys):
 
 @pytest.mark.parametrize("dtype, attention", [(torch.float32, "eager"), (torch.bfloat16, "sdpa")])
 def test_models_compute_as_the_run_says(folders, tmp_path, monkeypatch, dtype, attention):
-    monkeypatch.setattr(sophia_min, "device_and_dtype", lambda config: ("cpu", dtype, config.attn))
+    monkeypatch.setattr(data, "device_and_dtype", lambda config: ("cpu", dtype, config.attn))
     policy, _, reference, judge, _ = sophia_min.load_models(sophia_min.configure([
         "--model", str(folders / "model"), "--reward_model", str(folders / "judge"), "--attn", attention, "--out",
         str(tmp_path), "--freeze_vision"]))
@@ -3366,7 +3366,7 @@ def test_device_and_dtype(monkeypatch):
             (True, True, ["--attn", "eager", "--device", "cuda:1"], ("cuda:1", torch.bfloat16, "eager")),
             (True, True, ["--device", "cpu"], ("cpu", torch.float32, "sdpa"))]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-        monkeypatch.setattr(sophia_min, "is_flash_attn_2_available", lambda: flash)
+        monkeypatch.setattr(data, "is_flash_attn_2_available", lambda: flash)
         assert sophia_min.device_and_dtype(sophia_min.configure(flags)) == expected
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # its backward pass can give NaN
 
