@@ -268,8 +268,9 @@ class PrefixCache:
                     prefixes.append(replace(prompt, ids=prompt.ids[:-1] if alone else common))
                 owner.append(len(prefixes) - 1)
                 self.tails.append(prompt.ids[len(prefixes[-1].ids):])
-        if is_sharded(model) and all(prefix.pixel_values is None for prefix in prefixes):
-            prefixes.append(data.blank_picture(config))  # ranks must pass through the vision tower equally often
+        sharded = isinstance(model, FSDPModule)  # over ranks, which must pass through each layer equally often
+        if sharded and all(prefix.pixel_values is None for prefix in prefixes):
+            prefixes.append(data.blank_picture(config))
         ids, mask = pad([prefix.ids for prefix in prefixes], "left", config.text_config.pad_token_id or 0)
         self.owner, self.ids, self.mask = torch.tensor(owner), ids.to(model.device), mask.to(model.device)  # [B, P]
         pictures, vision = [prefix for prefix in prefixes if prefix.pixel_values is not None], {}
@@ -285,7 +286,7 @@ class PrefixCache:
         if getattr(output, CACHE) is None:
             raise RuntimeError("the model dropped its cache: switch gradient checkpointing off, it works against it")
         self.keys_values = [(layer.keys, layer.values) for layer in getattr(output, CACHE).layers]  # [B, heads, P, dim]
-        self.end = [output.logits] if is_sharded(model) else []  # where FSDP's backward pass must start
+        self.end = [output.logits] if sharded else []  # where FSDP's backward pass must start
 
     def inputs(self, rows, ids, mask):
         """The model's arguments for ids [n, T] that continue the prefixes of `rows` [n]."""
@@ -530,18 +531,13 @@ class ThinkingRewardModel:
 
 # ---------------------------------------------------------------- the update, Eq. 7
 
-def questions_at_once(config):
-    """Questions whose activations the update holds at a time."""
-    return max(1, config.micro_batch // config.group_size)
-
-
 def update(policy, reference, optimizer, batch, advantages, config):
     """The GRPO update on one rollout; advantages [N]. Returns the step's metrics. Each prompt is computed once; its
     responses, in micro-batches, leave their gradients at its keys and values, and one backward pass carries the sum
     through the prompt. Old log-probabilities are those of the first inner epoch, before it moves anything."""
     n, old_logps, advantages = len(batch.ids), {}, advantages.to(policy.device)
     group = n // len(batch.prompts)
-    together = n if batch.prefix else questions_at_once(config) * group  # rows
+    together = n if batch.prefix else max(config.micro_batch // group, 1) * group  # rows whose prompts it holds
     metrics = dict(loss=0.0, kl=0.0, clip_frac=0.0, entropy=0.0, grad_norm=0.0)
     for _ in range(config.inner_epochs):
         for first in range(0, n, together):
@@ -575,7 +571,8 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
     """Rollout, rewards, trust, advantages, update, on this process's questions [Q]. Returns the line for log.jsonl and
     the groups of all processes, for the report."""
     times = [time.time()]
-    once = config.inner_epochs == 1 and len(examples) <= questions_at_once(config)  # else activations would pile up
+    # the update goes on from the rollout's computation of the prompts, where a micro-batch holds them all
+    once = config.inner_epochs == 1 and len(examples) <= max(1, config.micro_batch // config.group_size)
     batch = rollout(policy, processor, examples, config.group_size, config, grad=once)
     groups = [batch.texts[i:i + config.group_size] for i in range(0, len(batch.texts), config.group_size)]
     times.append(time.time())
@@ -754,11 +751,6 @@ class LoRA:
         data.write_adapter(folder, pairs, self.scale * len(next(iter(pairs.values()))[0]), self.base)
 
 
-def is_sharded(model):
-    """Whether the model is spread over ranks, which must then pass through it equally often."""
-    return isinstance(model, FSDPModule)
-
-
 def on_rank_0(tensor):
     """A tensor that may be spread over the ranks, which all must ask for it: whole, in host memory, for rank 0 alone."""
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -929,7 +921,7 @@ def train(config, examples, held_out, about):
         check_up("before")
         return print(f"{data.table(results)}\nIn {out / 'eval.json'}, under \"before\".")
     offload = device.startswith("cuda") and WORLD == 1 if config.offload_optimizer is None else config.offload_optimizer
-    optimizer = MasterAdamW(policy, config.lr, offload=offload, average=WORLD > 1 and not is_sharded(policy))
+    optimizer = MasterAdamW(policy, config.lr, offload=offload, average=WORLD > 1 and adapters)
     if config.resume:
         first = load_checkpoint(config, optimizer, examples) + 1
         results = json.loads((out / "eval.json").read_text())
