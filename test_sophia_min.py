@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -940,37 +941,23 @@ def test_gamma_of_the_worked_examples(outcome, thinking, gamma):
     assert found == pytest.approx(gamma, abs=1e-6, nan_ok=True) and not found > 1
 
 
-@pytest.mark.parametrize("outcome, gate", [
-    ([1, 0, .2, .19, .5], [1, 0, 1, 0, 1]), ([1, .9, .95], [0] * 3), ([1, .9, .89], [1] * 3), ([0, .1, .05], [0] * 3),
-    ([0, .1, .11], [0] * 3), ([0, .1, .2], [0, 0, 1]), ([.9, .9], [0, 0]), ([1, 0, 0, 1], [1, 0, 0, 1])])
-def test_released_gating_pins_gamma_at_one(outcome, gate):
-    """On 0/1 outcomes always: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
-    thinking = doubles([.3, .4, .9, .8, .7][:len(gate)])
-    found = sophia_min.released_gate(torch.tensor(outcome), thinking)
-    assert found.tolist() == gate and found.dtype == thinking.dtype
-    used, gamma = sophia_min.trusted(doubles(outcome), thinking.where(found == 1, NAN), "released")
-    assert used.tolist() == (thinking * found).tolist() and gamma == 1
-
-
-@pytest.mark.parametrize("trust, thinking, used, gamma", [
-    ("paper", [.5, NAN, .1], [0] * 3, 0), ("off", [.5, NAN, .1], [0] * 3, 0), ("released", [.5, .9, NAN], [0] * 3, 0),
-    ("released", [.5, NAN, .1], [.5, 0, .1], 1),  # the official code doesn't ask for the score of a wrong answer
-    ("off", [.2, .9, .4], [.2, .9, .4], 1), ("paper", [.2, .9, .4], [.2, .9, .4], math.exp(-0.6))])
-def test_trusted_drops_the_thinking_term_where_a_score_that_counts_is_missing(trust, thinking, used, gamma):
-    outcome, thinking = doubles([1, 0, .7]), doubles(thinking)
+@pytest.mark.parametrize("trust, outcome, thinking, used, gamma", [
+    ("paper", [1, 0, .7], [.2, .9, .4], [.2, .9, .4], math.exp(-0.6)), ("paper", [1, 0, .7], [.5, NAN, .1], [0] * 3, 0),
+    ("off", [1, 0, .7], [.2, .9, .4], [.2, .9, .4], 1), ("off", [1, 0, .7], [.5, NAN, .1], [0] * 3, 0),
+    # released: who fails has R^t = 0, scored or not, so that gamma is 1 on 0/1 outcomes, always
+    ("released", [1, 0, .2, .19], [.3, NAN, .9, NAN], [.3, 0, .9, 0], 1), ("released", [1, .1], [NAN, .9], [0, 0], 0),
+    # and groups that agree lose the term
+    ("released", [1, .9, .95], [.3, .4, .9], [0] * 3, 1), ("released", [1, .9, .89], [.3, .4, .9], [.3, .4, .9], 1),
+    ("released", [0, .1, .05], [.3, .4, .9], [0] * 3, 1), ("released", [0, .1, .2], [.3, .4, .9], [0, 0, .9], 1)])
+def test_trusted_by_hand(trust, outcome, thinking, used, gamma):
+    """Where a score that counts is missing, the thinking term is dropped."""
+    outcome, thinking = doubles(outcome), doubles(thinking)
     found = sophia_min.trusted(outcome, thinking, trust)
     assert (found[0].tolist(), found[1].item(), found[1].shape) == (used, pytest.approx(gamma), ())
-    assert torch.equal(sophia_min.combined_reward(outcome, thinking, 1, 10, trust=trust), outcome) == (gamma == 0)
-
-
-@pytest.mark.parametrize("outcome", [0.0, 1.0])
-def test_where_all_are_right_or_all_wrong_trust_and_annealing_cancel(outcome):
-    thinking, outcome = doubles([.7, .7, .71, .7, .69, .7]), doubles([outcome] * 6)
-    plain, *others = (sophia_min.group_advantages(sophia_min.combined_reward(outcome, thinking, *how)) for how in [
-        (1, 10 ** 9, 1.0, "off", False), (1, 100, 0.3, "paper", True), (100, 100, 0.3, "paper", True),
-        (50, 100, 2.0, "off", True)])
-    assert all(torch.allclose(plain, other, atol=2e-3) for other in others)  # 2e-3: the 1e-6 beside the spread
-    assert plain.abs().max() > 1  # a judge's noise of 0.01 becomes advantages of size 1
+    rewards = sophia_min.combined_reward(outcome, thinking, 1, 10, trust=trust)
+    assert torch.equal(rewards, outcome) == (not any(used))
+    if trust == "released" and gamma:
+        assert sophia_min.released_gate(outcome, thinking).tolist() == [value > 0 for value in used]
 
 
 def test_equal_rewards_give_exact_zeros():
@@ -1027,19 +1014,6 @@ def test_loss_gradient_is_that_of_finite_differences(seed):
         step = torch.zeros_like(logp).index_put(tuple(at), doubles(h))
         high, low = (sophia_min.grpo_loss(x, *others, mask)[0] for x in (logp + step, logp - step))
         assert leaf.grad[tuple(at)].item() == pytest.approx((high - low).item() / (2 * h), abs=1e-8)
-
-
-@pytest.mark.parametrize("ratio, advantage, acts", [
-    (1.21, 1., True), (1.19, 1., False), (.79, 1., False), (2., 1., True), (.79, -1., True), (.81, -1., False),
-    (1.21, -1., False), (2., -1., False), (.1, -1., True), (1., 1., False), (1., -1., False), (3., 0., False)])
-def test_the_clip_acts_where_a_step_would_overdo_it(ratio, advantage, acts):
-    """For A > 0 above 1.2, for A < 0 below 0.8; elsewhere the loss pulls on."""
-    logp = doubles([[math.log(ratio) - 1, -1.0]]).requires_grad_()  # beside it a token at ratio 1
-    loss, metrics = sophia_min.grpo_loss(
-        logp, doubles([[-1.0, -1.0]]), logp.detach(), doubles([advantage]), torch.ones(1, 2), kl_coef=0)
-    loss.backward()
-    assert metrics == {"kl": 0, "clip_frac": acts / 2}
-    assert logp.grad[0].tolist() == pytest.approx([0 if acts else -ratio * advantage / 2, -advantage / 2], abs=1e-15)
 
 
 def test_k3_estimates_the_kl_divergence():
@@ -1438,7 +1412,6 @@ def test_report_shows_curves_and_groups_and_needs_nothing_else(tmp_path, monkeyp
 
 # ---------------------------------------------------------------- the road, against the plain computation
 
-KINDS = ("pictures", "mixed", "text")
 G = 3
 NEVER = [3, 4, 5, 6]  # vision start, vision end, image and video, of both models
 HOT = ("--temperature", "0.6", "--min_new_tokens", "3", "--kl_coef", "0.5")
@@ -1459,6 +1432,21 @@ def moved(model, seed, by):
     return model
 
 
+def shaped_model(text, vision, dtype=torch.float32, device="cpu"):
+    """(random weights in a shape, the toy's tokenizer and image processor)"""
+    toy, processor = data.toy_model()
+    config = toy.config.to_dict()
+    config["text_config"] |= text
+    config["vision_config"] |= vision
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"]
+    del config["text_config"]["layer_types"]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_dict(config), dtype=dtype).eval()
+    model.generation_config = toy.generation_config
+    return model, processor
+
+
 @pytest.fixture(scope="session")
 def road():
     """(policy, Processor), the untrained toy: no test may change its weights. With a third of its vocabulary as ends of
@@ -1476,21 +1464,17 @@ def road_reference(road):
 def other_model():
     """(model, Processor) unlike the toy: sizes, untied embeddings, one key head, no pad token in its config, more
     embeddings than tokens, pad = end, an end that is a word, and settings for generation that would spoil a rollout."""
-    model, processor = data.toy_model()
-    config, end, pad = model.config, model.config.text_config.eos_token_id, model.config.text_config.pad_token_id
-    config.text_config.update(dict(
-        vocab_size=len(processor.tokenizer) + 57, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
-        num_attention_heads=6, num_key_value_heads=1, tie_word_embeddings=False, pad_token_id=None,
-        layer_types=["full_attention"] * 3,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}))
-    config.vision_config.update(dict(depth=3, hidden_size=48, intermediate_size=80, num_heads=3, out_hidden_size=96,
-                                     window_size=56))
-    config.tie_word_embeddings, processor.tokenizer.pad_token = False, "<|im_end|>"
-    model = moved(Qwen2_5_VLForConditionalGeneration(config).eval(), 109, 0.05)
+    model, processor = shaped_model(
+        dict(vocab_size=len(data.toy_tokenizer()) + 57, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
+             num_attention_heads=6, num_key_value_heads=1, tie_word_embeddings=False, pad_token_id=None,
+             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}),
+        dict(depth=3, hidden_size=48, intermediate_size=80, num_heads=3, out_hidden_size=96, window_size=56))
+    end, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+    processor.tokenizer.pad_token = "<|im_end|>"
     model.generation_config = GenerationConfig(
         eos_token_id=[300, end, pad, *range(301, 460)], pad_token_id=end, do_sample=True, top_k=5, top_p=0.8,
         temperature=0.1, repetition_penalty=1.3, min_p=0.2)
-    return model, processor
+    return moved(model, 109, 0.05), processor
 
 
 @pytest.fixture(scope="session")
@@ -1520,13 +1504,10 @@ def road_examples(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def road_batches(road, road_examples):
-    """One sampled Rollout of each kind."""
-    batches = {}
-    for kind in KINDS:
-        torch.manual_seed(11)
-        batches[kind] = sophia_min.rollout(*road, road_examples[kind], G, road_config())
-    return batches
+def road_batch(road, road_examples):
+    """A sampled Rollout."""
+    torch.manual_seed(11)
+    return sophia_min.rollout(*road, road_examples["mixed"], G, road_config())
 
 
 @pytest.fixture
@@ -1600,47 +1581,36 @@ def plain_logps(model, prompt, response, config):
     return logp[range(len(response)), response], -(logp.exp() * logp.masked_fill(never, 0.0)).sum(-1)
 
 
-def plain_grpo(policy, reference, batch, advantages, config, old=None):
-    """(loss, log-probs, metrics) of Eq. 7, one response after the other."""
-    loss, logps, metrics = 0.0, [], dict.fromkeys(("loss", "kl", "clip_frac", "entropy"), 0.0)
-    for n, ids in enumerate(batch.ids.tolist()):
-        prompt, response, advantage = batch.prompts[n // G], until_end(policy, ids), advantages[n].item()
-        logp, entropy = plain_logps(policy, prompt, response, config)
-        logps.append(logp.detach())
-        ratio, kl = (logp - (logps if old is None else old)[n]).exp(), torch.zeros(1)
-        limited = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
-        if config.kl_coef:
-            with torch.no_grad():
-                ref, _ = plain_logps(reference, prompt, response, config)
-            kl = torch.exp(ref - logp) - (ref - logp) - 1
-        gain = (torch.minimum(ratio * advantage, limited * advantage) - config.kl_coef * kl).mean()
-        clipped = (ratio > 1 + config.clip_eps) if advantage > 0 else (ratio < 1 - config.clip_eps)
-        loss = loss - gain / len(batch.ids)
-        for name, value in dict(loss=-gain, kl=kl, clip_frac=clipped.double(), entropy=entropy).items():
-            metrics[name] += value.mean().item() / len(batch.ids)
-    return loss, logps, metrics
+class GradientsOnly(sophia_min.MasterAdamW):
+    """An optimizer that keeps the gradients of its steps; it moves nothing, unless a learning rate is given."""
+
+    def __init__(self, model, lr=0.0, **more):
+        super().__init__(model, lr, **more)
+        self.kept = []
+
+    def step(self, max_norm=4.0):
+        self.kept.append({name: weight.grad if weight.grad is None else weight.grad.clone()
+                          for name, weight in zip(self.names, self.weights)})
+        return super().step(max_norm)
 
 
 def plain_gradients(policy, reference, batch, advantages, config):
-    """(metrics, gradients by name) of the same."""
-    kept = GradientsOnly(policy)
-    loss, _, metrics = plain_grpo(policy, reference, batch, advantages, config)
-    loss.backward()
-    kept.step()
-    return metrics, kept.kept[0]
-
-
-class GradientsOnly:
-    """An optimizer that keeps the gradients instead of moving anything."""
-
-    def __init__(self, model):
-        self.model, self.kept = model, []
-        model.zero_grad(set_to_none=True)
-
-    def step(self):
-        self.kept.append({name: weight.grad for name, weight in self.model.named_parameters()})
-        self.model.zero_grad(set_to_none=True)
-        return 0.0
+    """(metrics, gradients by name in the last inner epoch) of `update`, one response after the other; moves the policy,
+    too. The loss itself, Eq. 7, is held against the paper above."""
+    metrics, old, optimizer = Counter(grad_norm=0.0), {}, GradientsOnly(policy, config.lr)
+    for _ in range(config.inner_epochs):
+        for n, ids in enumerate(batch.ids.tolist()):
+            response = batch.prompts[n // G], until_end(policy, ids), config
+            logp, entropy = plain_logps(policy, *response)
+            with torch.no_grad():
+                ref = plain_logps(reference, *response)[0] if config.kl_coef else logp
+            loss, sums = sophia_min.grpo_loss(
+                logp[None], old.setdefault(n, logp.detach())[None], ref[None].detach(), advantages[n:n + 1],
+                torch.ones(1, len(logp)), config.clip_eps, config.kl_coef, len(batch.ids))
+            loss.backward()
+            metrics.update(sums, loss=loss.item(), entropy=entropy.mean().item() / len(batch.ids))
+        metrics["grad_norm"] += optimizer.step()
+    return {name: value / config.inner_epochs for name, value in metrics.items()}, optimizer.kept[-1]
 
 
 def relative_error(found, expected):
@@ -1654,6 +1624,29 @@ def relative_error(found, expected):
 
 def advantages_of(batch):
     return torch.randn(len(batch.ids), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+class Passes:
+    """Counts what goes through a model: pictures, rows with an empty cache (prompts), rows that continue one."""
+
+    def __init__(self, model):
+        self.pictures = self.prompts = self.continued = 0
+        self.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in (
+            (model.model.visual, self._vision), (model.model.language_model.layers[0], self._layer))]
+
+    def _vision(self, module, args, kwargs):
+        self.pictures += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
+
+    def _layer(self, module, args, kwargs):
+        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get(sophia_min.CACHE)
+        empty = cache is None or not cache.get_seq_length()
+        self.prompts += len(hidden) * empty
+        self.continued += len(hidden) * (not empty)
+
+    def stop(self):
+        for handle in self.handles:
+            handle.remove()
+        return self.pictures, self.prompts
 
 
 # prompts
@@ -1736,24 +1729,23 @@ def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, 
     """Greedily what each question gets alone, without padding; sampled what HF's own batch gets. Also right after a
     batch that left other rope_deltas on the model, and with a checkpoint whose settings would spoil it."""
     (policy, processor), examples, cut = roads[which], road_examples[kind], 0
-    prompts = [processor.question(example) for example in examples]
-    assert len({len(prompt.ids) for prompt in prompts}) > 1, "the batch must be padded"
+    prompts, ends = [processor.question(example) for example in examples], policy.generation_config.eos_token_id
+    once = sum(example.image is not None for example in examples), len(prompts)
     sophia_min.rollout(policy, processor, road_examples[after], 2, road_config("--max_new_tokens", "2"))
-    passes, pictures = Passes(policy), sum(example.image is not None for example in examples)
+    passes = Passes(policy)
     greedy = sophia_min.rollout(policy, processor, examples, 1, road_config(), greedy=True)
-    assert passes.stop() == (pictures, len(prompts)) and passes.continued == greedy.ids.numel()
+    assert passes.stop() == once and passes.continued == greedy.ids.numel() and greedy.prefix is None
     for prompt, ids in zip(prompts, greedy.ids.tolist(), strict=True):
         assert until_end(policy, ids) == plain_generate(policy, [prompt], suppress_tokens=NEVER)[0].tolist()
-    torch.manual_seed(21)
     config, rows = road_config(*HOT, "--max_new_tokens", "5"), [prompt for prompt in prompts for _ in range(G)]
     passes = Passes(policy)
-    batch = sophia_min.rollout(policy, processor, examples, G, config, scores=True)
-    assert passes.stop() == (pictures, len(prompts)), "once for all rows of a group"
+    torch.manual_seed(21)
+    batch = sophia_min.rollout(policy, processor, examples, G, config, scores=True, grad=True)
+    assert passes.stop() == once and batch.prefix, "once for all rows of a group"
     torch.manual_seed(21)
     assert torch.equal(batch.ids, plain_generate(policy, rows, 5, 0.6, suppress_tokens=NEVER, min_new_tokens=3))
     assert len({tuple(row) for row in batch.ids.tolist()}) > len(prompts), "groups of different responses"
     assert batch.examples == examples and [p.ids for p in batch.prompts] == [p.ids for p in prompts]
-    ends = policy.generation_config.eos_token_id
     for prompt, ids, mask, text, scores in zip(rows, batch.ids.tolist(), batch.mask.tolist(), batch.texts,
                                                batch.scores, strict=True):
         response = until_end(policy, ids)
@@ -1766,21 +1758,12 @@ def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, 
         assert not allowed[:, NEVER].any() and not allowed[:3, ends].any() and allowed[3:, ends].all()
         torch.testing.assert_close(scores[:len(response)][allowed], expected[allowed], rtol=0, atol=1e-4)
     assert batch.truncated == cut and 0 < cut < len(rows), "this test needs both kinds"
-    assert sophia_min.self_test(policy, processor, examples, config) < 1e-5
-
-
-def test_rollout_never_writes_a_vision_token(road, road_examples):
-    """Even a model that wants nothing else can't; four tokens of a thousand are too rare to wait for."""
-    policy, examples, vision = copy.deepcopy(road[0]), road_examples["mixed"], torch.tensor(NEVER)
-    policy.lm_head.register_forward_hook(
-        lambda module, args, out: out.index_add(-1, vision, torch.full((*out.shape[:-1], 4), 30.0)))
-    for greedy in (True, False):
-        batch = sophia_min.rollout(policy, road[1], examples, 1, road_config(), greedy)
-        assert not torch.isin(batch.ids, vision).any()
-    assert sophia_min.self_test(policy, road[1], examples, road_config()) < 1e-4
 
 
 # the update
+
+TWICE = ("--inner_epochs", "2", "--lr", "2e-3")
+
 
 @pytest.mark.parametrize("which, kind, micro_batch, frozen, grad, more, dtype", [
     ("toy", "pictures", 1, False, False, (), torch.float64), ("toy", "mixed", 3, False, False, HOT, torch.float64),
@@ -1788,111 +1771,71 @@ def test_rollout_never_writes_a_vision_token(road, road_examples):
     ("toy", "text", 64, False, False, HOT, torch.float64), ("toy", "mixed", 64, False, True, HOT, torch.float64),
     ("toy", "text", 2, False, True, (), torch.float64), ("other", "mixed", 4, False, False, HOT, torch.float64),
     ("toy", "pictures", 64, True, True, ("--kl_coef", "0"), torch.float64),
-    ("other", "pictures", 64, False, True, (), torch.float64), ("toy", "mixed", 3, False, False, (), torch.float32),
-    ("toy", "mixed", 64, False, True, (), torch.bfloat16)])
+    ("other", "pictures", 64, False, True, (), torch.float64), ("toy", "mixed", 4, False, False, TWICE, torch.float64),
+    ("toy", "mixed", 3, False, False, (), torch.float32), ("toy", "mixed", 64, False, True, (), torch.bfloat16)])
 def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, micro_batch, frozen, grad, more, dtype,
                                           true_float64):
-    """With `grad`, the update goes on from the rollout's own computation of the prompts."""
-    policy, processor = copy.deepcopy(roads[which][0]).to(dtype), roads[which][1]
-    reference, batches, examples = copy.deepcopy(policy).requires_grad_(False), [], road_examples[kind]
-    moved(reference, 5, 0.01)
+    """Whatever stands behind a response's end. With `grad`, it goes on from the rollout's own computation of the
+    prompts; with a second inner epoch the ratio leaves 1, and the clip acts."""
+    policy, examples = copy.deepcopy(roads[which][0]).to(dtype), road_examples[kind]
+    reference = moved(copy.deepcopy(policy), 5, 0.01).requires_grad_(False)
     policy.model.visual.requires_grad_(not frozen)
-    sophia_min.MasterAdamW(policy, 1)  # has gradients add up in fp32
-    config, optimizer = road_config("--micro_batch", str(micro_batch), *more), GradientsOnly(policy)
-    for kept in (False, grad):
-        torch.manual_seed(6)
-        batches.append(sophia_min.rollout(policy, processor, examples, G, config, grad=kept))
-        assert (batches[-1].prefix is None) == (not kept)
-    batch, advantages, passes = batches[1], advantages_of(batches[1]), [Passes(policy), Passes(reference)]
-    assert torch.equal(batches[0].ids, batch.ids)
+    config, plain = road_config("--micro_batch", str(micro_batch), *more), copy.deepcopy(policy)
+    optimizer = GradientsOnly(policy, config.lr)
+    torch.manual_seed(6)
+    batch = sophia_min.rollout(policy, roads[which][1], examples, G, config, grad=grad)
+    batch.ids = torch.where(batch.mask == 1, batch.ids, torch.randint_like(batch.ids, 470, 600))
+    advantages, passes = advantages_of(batch), [Passes(policy), Passes(reference)]
     metrics = sophia_min.update(policy, reference, optimizer, batch, advantages, config)
-    once = sum(example.image is not None for example in examples), len(examples)
+    times, pictures = config.inner_epochs, sum(example.image is not None for example in examples)
+    once = times * pictures, times * len(examples)
     assert [counted.stop() for counted in passes] == [(0, 0) if grad else once, once if config.kl_coef else (0, 0)]
-    assert passes[0].continued == len(batch.ids)  # old log-probs cost no pass
-    plain, expected = plain_gradients(policy, reference, batch, advantages, config)
+    assert passes[0].continued == times * len(batch.ids)  # old log-probs cost no pass
+    expected, gradients = plain_gradients(plain, reference, batch, advantages, config)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
-    assert relative_error(optimizer.kept[0], expected) < tolerance
-    assert metrics == pytest.approx({**plain, "grad_norm": 0}, abs=tolerance)
-    assert all((gradient is None) == (".visual." in name and (frozen or kind == "text"))
-               for name, gradient in expected.items())
-    assert (metrics["kl"] > 0) == (config.kl_coef > 0) and metrics["clip_frac"] == 0
+    assert relative_error(optimizer.kept[-1], gradients) < tolerance
+    assert metrics == pytest.approx(expected, abs=tolerance)
+    assert len(optimizer.kept) == times and any(".visual." in name for name in gradients) == (not frozen)
+    assert all((gradient is None) == (".visual." in name and kind == "text") for name, gradient in gradients.items())
+    assert (metrics["kl"] > 0) == (config.kl_coef > 0) and (metrics["clip_frac"] > 0.05) == (times == 2)
 
 
-def test_second_inner_epoch_keeps_the_first_ones_log_probs(road, road_reference, road_batches, true_float64):
-    """Two AdamW steps, in float64, against a loop over full sequences; the ratio leaves 1 and the clip acts."""
-    ours, plain, reference = (copy.deepcopy(model).double() for model in (road[0], road[0], road_reference))
-    config, batch = road_config("--inner_epochs", "2", "--micro_batch", "4", "--lr", "2e-3"), road_batches["mixed"]
-    advantages, old, epochs = advantages_of(batch), None, []
-    metrics = sophia_min.update(ours, reference, sophia_min.MasterAdamW(ours, config.lr), batch, advantages, config)
-    adamw = torch.optim.AdamW(plain.parameters(), lr=config.lr, weight_decay=0.01)
-    for _ in range(2):
-        adamw.zero_grad()
-        loss, logps, epoch = plain_grpo(plain, reference, batch, advantages, config, old)
-        old = old or logps
-        loss.backward()
-        epochs.append(epoch | {"grad_norm": torch.nn.utils.clip_grad_norm_(plain.parameters(), 4.0).item()})
-        adamw.step()
-    assert metrics == pytest.approx({name: (epochs[0][name] + epochs[1][name]) / 2 for name in metrics}, abs=1e-7)
-    assert metrics["clip_frac"] > 0.05 and (logps[0] - old[0]).abs().max() > 0.01
-    for (name, found), expected, before in zip(ours.named_parameters(), plain.parameters(), road[0].parameters()):
-        step = (expected - before).abs().max().item()
-        assert step > 1e-4 and (found - expected).abs().max().item() < 1e-4 * step, name
-
-
-@pytest.mark.parametrize("kind", ["pictures", "text"])
-def test_strange_tokens_in_a_response_are_harmless(road, road_reference, road_batches, kind):
-    """Behind its end none matters; before it, one from elsewhere must not ask for a picture that isn't there."""
-    policy, optimizer, batch, metrics = road[0], GradientsOnly(road[0]), road_batches[kind], []
-    noise = torch.randint(470, 600, batch.ids.shape, generator=torch.Generator().manual_seed(0))
-    behind, vision = torch.where(batch.mask == 1, batch.ids, noise), batch.ids.clone()
-    vision[0, 0], vision[1, 0], vision[4, 0] = NEVER[:3]
-    for ids, micro_batch in ((batch.ids, "4"), (behind, "4"), (vision, "1"), (vision, "64")):
-        metrics.append(sophia_min.update(policy, road_reference, optimizer, dataclasses.replace(batch, ids=ids),
-                                         advantages_of(batch), road_config("--micro_batch", micro_batch)))
-        found = [gradient for gradient in optimizer.kept[-1].values() if gradient is not None]
-        assert found and all(torch.isfinite(gradient).all() for gradient in found)
-    assert not torch.equal(batch.ids, behind) and metrics[0] == pytest.approx(metrics[1], abs=1e-6)
-    assert relative_error(optimizer.kept[1], optimizer.kept[0]) < 1e-5
-    assert all(map(math.isfinite, metrics[3].values())) and metrics[2] == pytest.approx(metrics[3], rel=1e-4, abs=1e-5)
-
-
-class Passes:
-    """Counts what goes through a model: pictures, rows with an empty cache (prompts), rows that continue one."""
-
-    def __init__(self, model):
-        self.pictures = self.prompts = self.continued = self.tokens = 0
-        self.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in (
-            (model.model.visual, self._vision), (model.model.language_model.layers[0], self._layer))]
-
-    def _vision(self, module, args, kwargs):
-        self.pictures += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
-
-    def _layer(self, module, args, kwargs):
-        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get(sophia_min.CACHE)
-        empty = cache is None or not cache.get_seq_length()
-        self.prompts += len(hidden) * empty
-        self.continued += len(hidden) * (not empty)
-        self.tokens += hidden.shape[0] * hidden.shape[1]
-
-    def stop(self):
-        for handle in self.handles:
-            handle.remove()
-        return self.pictures, self.prompts
-
-
-def test_a_step_of_one_part_computes_each_prompt_once(road, road_reference, road_examples, monkeypatch):
+@pytest.mark.parametrize("questions, more, times", [
+    (5, (), 1), (5, ("--micro_batch", str(5 * G - 1)), 2), (5, ("--inner_epochs", "2"), 3),
+    (1, ("--micro_batch", "1"), 1)])
+def test_a_step_of_one_part_computes_each_prompt_once(road, road_reference, road_examples, monkeypatch, questions, more,
+                                                      times):
     """Else twice, or once more for each inner epoch."""
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    examples, after = road_examples["mixed"], []
-    for chosen, times, more in ((examples, 1, ()), (examples, 2, ("--micro_batch", str(5 * G - 1))),
-                                (examples, 3, ("--inner_epochs", "2")), (examples[1:2], 1, ("--micro_batch", "1"))):
-        own, config = copy.deepcopy(road[0]), road_config("--micro_batch", str(5 * G), *more)
-        passes, optimizer = Passes(own), sophia_min.MasterAdamW(own, 1e-3)
-        torch.manual_seed(3)
-        sophia_min.train_step(1, own, road_reference, None, optimizer, road[1], chosen, config)
-        assert passes.stop() == (times * sum(e.image is not None for e in chosen), times * len(chosen))
-        after.append({name: weight.detach() for name, weight in own.named_parameters()})
-    assert relative_error(after[1], after[0]) < 1e-5
+    policy, config = copy.deepcopy(road[0]), road_config("--micro_batch", str(5 * G), *more)
+    passes, examples = Passes(policy), road_examples["mixed"][-questions:]
+    sophia_min.train_step(1, policy, road_reference, None, GradientsOnly(policy), road[1], examples, config)
+    assert passes.stop() == (times * sum(example.image is not None for example in examples), times * questions)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 2])
+def test_sft_has_the_gradients_of_full_sequences(road, road_examples, judge_of, monkeypatch, micro_batch):
+    """However many items at once; an item's rows begin alike and go on with other prompts and targets."""
+    model, plain, judge, made, parts = copy.deepcopy(road[0]), copy.deepcopy(road[0]), judge_of(), [], []
+    texts, n_tokens = [["a red circle", "b"], ["blue"], ["one two three", "square", "c"]], 0
+
+    def encode(item):
+        return [judge.prompt(road_examples["mixed"][item], text) for text in texts[item]], [
+            judge.processor.encode(text[::-1]) for text in texts[item]]
+
+    monkeypatch.setattr(reward_model, "MasterAdamW", lambda *args, **more: made.append(
+        GradientsOnly(*args, **more)) or made[0])
+    monkeypatch.setattr(reward_model, "PrefixCache", lambda model, groups: parts.append(len(groups)) or (
+        sophia_min.PrefixCache(model, groups)))
+    reward_model.sft(model, range(3), encode, 2, 3, 1e-3, "sft", micro_batch=micro_batch)
+    assert parts == {0: [3, 3], 1: [1] * 6, 2: [2, 1, 2, 1]}[micro_batch] and len(made[0].kept) == 2
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), road[0].parameters()))
+    for prompt, target in [pair for item in range(3) for pair in zip(*encode(item))]:
+        torch.nn.functional.cross_entropy(plain_logits(plain, prompt, target), torch.tensor(target),
+                                          reduction="sum").backward()
+        n_tokens += len(target)
+    expected = {name: weight.grad / n_tokens for name, weight in plain.named_parameters()}
+    assert relative_error(made[0].kept[0], expected) < 1e-5
 
 
 # the optimizer
@@ -1907,7 +1850,6 @@ def test_small_steps_and_small_gradients_move_a_bf16_model(road):
         optimizer.step()
     far = torch.cat([(master - weight).abs().flatten() for master, weight in zip(optimizer.masters, before)])
     assert far.median() > 2e-6 and (far > 0).float().mean() > 0.99  # 20 steps of 5e-7, some of them back
-    assert all(torch.equal(w, master.bfloat16()) for w, master in zip(model.parameters(), optimizer.masters))
     for scale in [256.0] + [1.0] * 30:
         sum((weight * scale).sum() for weight in model.parameters()).backward()
     assert all(weight.grad.dtype == torch.float32 and (weight.grad == 286).all() for weight in model.parameters())
@@ -1944,48 +1886,29 @@ def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_moves_nothing(road, road_reference, road_batches, dtype, bad):
+def test_what_is_not_finite_moves_nothing(road, road_reference, road_batch, dtype, bad):
     """In a gradient, or in the update's loss."""
     model, reference = copy.deepcopy(road[0]).to(dtype), copy.deepcopy(road_reference).to(dtype)
-    optimizer, batch, weights = sophia_min.MasterAdamW(model, 1e-2), road_batches["text"], list(model.parameters())
+    optimizer, advantages, weights = sophia_min.MasterAdamW(model, 1e-2), advantages_of(road_batch), [
+        *model.parameters()]
     sum(weight.sum() for weight in weights).backward()
     optimizer.step()  # so that there are moments to spoil
     before = [weight.detach().clone() for weight in [*weights, *optimizer.masters]]
     (sum(weight.sum() for weight in weights) + weights[7].flatten()[3] * bad).backward()
     with pytest.raises(FloatingPointError, match="gradient norm is "):
         optimizer.step()
-    advantages = advantages_of(batch)
     advantages[2] = bad
     with pytest.raises(FloatingPointError, match="loss is "):
-        sophia_min.update(model, reference, optimizer, batch, advantages, road_config())
+        sophia_min.update(model, reference, optimizer, road_batch, advantages, road_config())
     assert all(torch.equal(a, b) for a, b in zip(before, [*weights, *optimizer.masters]))
 
 
-@pytest.mark.parametrize("micro_batch", [0, 1, 2])
-def test_sft_has_the_gradients_of_full_sequences(road, road_examples, judge_of, monkeypatch, micro_batch):
-    """However many items at once; an item's rows begin alike and go on with other prompts and targets."""
-    model, plain, kept, judge = copy.deepcopy(road[0]), copy.deepcopy(road[0]), [], judge_of()
-    texts, n_tokens = [["a red circle", "b"], ["blue"], ["one two three", "square", "c"]], 0
-
-    def encode(item):
-        return [judge.prompt(road_examples["mixed"][item], text) for text in texts[item]], [
-            judge.processor.encode(text[::-1]) for text in texts[item]]
-
-    class Keeps(sophia_min.MasterAdamW):
-        def step(self, max_norm):
-            kept.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
-            return super().step(max_norm)
-
-    monkeypatch.setattr(reward_model, "MasterAdamW", Keeps)
-    passes = Passes(model)
-    reward_model.sft(model, range(3), encode, 2, 3, 1e-3, "sft", micro_batch=micro_batch)
-    assert passes.stop() == (4, 6) and len(kept) == 2
-    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), road[0].parameters()))
-    for prompt, target in [pair for item in range(3) for pair in zip(*encode(item))]:
-        torch.nn.functional.cross_entropy(plain_logits(plain, prompt, target), torch.tensor(target),
-                                          reduction="sum").backward()
-        n_tokens += len(target)
-    assert relative_error(kept[0], {name: w.grad / n_tokens for name, w in plain.named_parameters()}) < 1e-5
+def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_reference, road_batch):
+    """In train mode, as after a trainer's step, and with gradients: there every transformers drops it."""
+    model = copy.deepcopy(road[0]).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="dropped its cache: switch gradient checkpointing off"):
+        sophia_min.update(model, road_reference, None, road_batch, advantages_of(road_batch), road_config())
 
 
 # the self-test
@@ -2018,6 +1941,11 @@ def see_padding(plain, *args):
     return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
 
 
+def filtered(**changed):
+    """GenerationConfig with other filters than token_logps knows."""
+    return lambda plain, **settings: plain(**settings | changed)
+
+
 def other(**changed):
     """token_logps with other settings than generate's."""
     names = ("logits", "ids", "temperature", "forbidden", "no_end", "eos_ids")
@@ -2027,8 +1955,7 @@ def other(**changed):
 FAULTS = {  # the function that goes wrong, in which call (None: each), and how
     "flat positions in rollout": ("get_rope_index", 0, flat), "flat positions in update": ("get_rope_index", 1, flat),
     "stale rope deltas": ("generate", 0, stale), "positions without delta": ("target_logits", 0, no_delta),
-    **{f"{name} in generate": ("GenerationConfig", 0, lambda plain, name=name, value=value, **settings: plain(
-        **settings | {name: value})) for name, value in dict(
+    **{f"{name} in generate": ("GenerationConfig", 0, filtered(**{name: value})) for name, value in dict(
         repetition_penalty=1.3, top_k=50, top_p=0.8, min_p=0.1, temperature=0.5, suppress_tokens=None,
         min_new_tokens=None).items()},
     "vision ids open in update": ("token_logps", None, other(forbidden=torch.tensor([], dtype=torch.long))),
@@ -2056,14 +1983,6 @@ def test_self_test_stops_at(road, road_examples, monkeypatch, fault, dtype):
         None, next(calls)) else plain(*args, **kwargs))
     with pytest.raises(SystemExit, match="self-test failed"):
         sophia_min.self_test(*test)
-
-
-def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_reference, road_batches):
-    """In train mode, as after a trainer's step, and with gradients: there every transformers drops it."""
-    model, batch = copy.deepcopy(road[0]).train(), road_batches["text"]
-    model.gradient_checkpointing_enable()
-    with pytest.raises(RuntimeError, match="dropped its cache: switch gradient checkpointing off"):
-        sophia_min.update(model, road_reference, None, batch, advantages_of(batch), road_config())
 
 
 # how the judge scores
@@ -2096,94 +2015,89 @@ def test_a_verdict_counts_only_when_it_is_whole_and_one_number(judge_of, road_ex
 @torch.no_grad()
 def test_expected_score_is_the_mean_under_the_models_own_probabilities(judge_of, road_examples, which, kind, template):
     """Against full sequences: prompt, response and each spelling of a score to its end, one by one."""
-    judge, examples = judge_of("expected", template, which), road_examples[kind][:2]
-    responses = ["a", "fourth is red. so the answer is D.", ""]
+    judge, examples, responses = judge_of("expected", template, which), road_examples[kind][:2], ["a", "so it is D.", ""]
     rounded = judge.score(examples, [responses] * 2).flatten().tolist()
-    prompts = [[judge.prompt(example, response) for response in responses] for example in examples]
-    for tenths, prompt in zip(rounded, sum(prompts, []), strict=True):
-        found, total, mean = judge.expected(prompt), 0.0, 0.0
-        bare = ["0", "1"] + [f"{tenth / 10:.1f}" for tenth in range(11)]
-        tagged = [f"<answer>{score}</answer>" for score in bare] if template else []  # as others may write it
-        for text, score in zip(bare * 2, bare + tagged):
-            written = judge.processor.encode(score) + judge.model.generation_config.eos_token_id[:1]
+    spelled = {text: float(text) for text in ["0", "1"] + [f"{tenth / 10:.1f}" for tenth in range(11)]}
+    if template:  # as others may write it
+        spelled |= {f"<answer>{text}</answer>": score for text, score in spelled.items()}
+    for tenths, (example, response) in zip(rounded, itertools.product(examples, responses), strict=True):
+        prompt, chances = judge.prompt(example, response), []
+        for text in spelled:
+            written = judge.processor.encode(text) + judge.model.generation_config.eos_token_id[:1]
             logp = plain_logits(judge.model, prompt, written).double().log_softmax(-1)
-            chance = logp[range(len(written)), written].sum().exp().item()
-            total, mean = total + chance, mean + chance * float(text)
-        assert found == pytest.approx(mean / total, abs=1e-5) and tenths == pytest.approx(round(found, 1))
+            chances.append(logp[range(len(written)), written].sum().exp().item())
+        found, expected = judge.expected(prompt), sum(map(operator.mul, chances, spelled.values())) / sum(chances)
+        assert found == pytest.approx(expected, abs=1e-5) and tenths == pytest.approx(round(found, 1))
 
 
 # evaluation and one step
 
-def test_evaluate_counts_by_question(road, road_examples, monkeypatch):
+def test_evaluate_counts_by_question(road_examples, monkeypatch):
     """Batches of any size give one result a question, in order."""
-    examples, plain, sizes = [dataclasses.replace(example, soundness=lambda text: 0.9 if "sound" in text else 0.1)
-                              for example in road_examples["mixed"] + road_examples["text"][:2]], sophia_min.rollout, []
-    texts = {id(example): f"<think>{'sound' * (i != 3)}</think><answer>{example.solution if i % 2 else 'no'}</answer>"
+    examples, asked = [dataclasses.replace(example, soundness=lambda text: 0.9 if "sound" in text else 0.1)
+                       for example in road_examples["pictures"] + road_examples["text"]], []
+    texts = {example.id: f"<think>{'sound' * (i != 3)}</think><answer>{example.solution if i % 2 else 'no'}</answer>"
              if i else "x" for i, example in enumerate(examples)}
 
-    def rollout(policy, processor, part, group_size, config, greedy=False):
-        assert greedy == (group_size == 1)
-        sizes.append(len(part))
-        batch = plain(policy, processor, part, group_size, config, greedy)
-        return dataclasses.replace(batch, texts=[texts[id(example)] for example in part for _ in range(group_size)])
+    def rollout(policy, processor, part, group_size, config, greedy):
+        asked.append((len(part), group_size, greedy))
+        return types.SimpleNamespace(texts=[texts[example.id] for example in part for _ in range(group_size)])
 
     monkeypatch.setattr(sophia_min, "rollout", rollout)
-    config = road_config("--questions_per_step", "2", "--max_new_tokens", "1")
-    result = sophia_min.evaluate(*road, examples, config, "")
-    right = result.pop("right")
-    assert sizes == [3, 3, 1] and right == [0, 1, 0, 1, 0, 1, 0]
-    kinds = {kind: [hit for example, hit in zip(examples, right) if example.problem_type == kind]
-             for kind in {example.problem_type for example in examples}}
-    assert result == dict(n=7, accuracy=3 / 7, format_rate=6 / 7, soundness=pytest.approx(2 / 3), by_type={
-        kind: {"accuracy": pytest.approx(sum(hits) / len(hits)), "n": len(hits)} for kind, hits in kinds.items()})
-    pairs = list(sophia_min.responses(*road, examples, 2, 3, config, ""))  # of the judge's training: two a question
-    assert [pair[0] for pair in pairs] == [example for example in examples for _ in range(2)]
-    assert all(text == texts[id(example)] for example, text in pairs)
+    config = road_config("--questions_per_step", "2")
+    result = sophia_min.evaluate(None, None, examples, config, "")
+    assert result.pop("right") == [0, 1, 0, 1, 0, 1, 0]
+    by_type = {example.problem_type: [] for example in examples}
+    for i, example in enumerate(examples):
+        by_type[example.problem_type].append(i % 2)
+    assert result == dict(n=7, accuracy=3 / 7, format_rate=6 / 7, soundness=2 / 3, by_type={
+        kind: {"accuracy": statistics.fmean(hits), "n": len(hits)} for kind, hits in by_type.items()})
+    pairs = list(sophia_min.responses(None, None, examples, 2, 4, config, ""))  # of the judge's training: two a question
+    assert pairs == [(example, texts[example.id]) for example in examples for _ in range(2)]
+    assert asked == [(3, 1, True), (3, 1, True), (1, 1, True), (4, 2, False), (3, 2, False)]
 
 
-@pytest.mark.parametrize("settings, factor, last, gammas, mistrusted", [
-    (("--trust", "paper"), 0.3 * math.exp(-0.4 - 0.5), 0.3 * math.exp(-0.4), [math.exp(-0.5), None, 1], 1),
-    (("--trust", "off", "--anneal", "false"), 0.3, 0.3, [1, None, 1], 0),
-    (("--trust", "released"), 0.3 * math.exp(-0.4), 0, [1, None, 1], 0),
-    (("--reward_model", "none"), 0, 0, [None] * 3, 0)])
-def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, road_examples, monkeypatch, settings,
-                                                                        factor, last, gammas, mistrusted):
+@pytest.mark.parametrize("settings", ["--trust paper", "--trust off --anneal false", "--trust released",
+                                      "--reward_model none"])
+def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, road_examples, monkeypatch, settings):
     """What reaches the update are Eq. 1-6 of each group; a group without a score keeps its outcome alone."""
-    examples, right, seen, plain = road_examples["mixed"][:3], [[1, 0, 0], [0, 1, 0], [0, 0, 0]], [], sophia_min.rollout
-    scores = torch.tensor([[0.2, 0.8, 0.6], [0.9, math.nan, 0.1], [0.5, 0.4, 0.3]])
-    judge = None if "none" in settings else types.SimpleNamespace(score=lambda examples, groups: scores)
+    config, seen, plain = road_config("--steps", "10", *settings.split()), [], sophia_min.rollout
+    examples, outcome = road_examples["mixed"][:3], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    judge, thinking = types.SimpleNamespace(), [[0.2, 0.8, 0.6], [0.9, NAN, 0.1], [0.5, 0.4, 0.3]]
+    judge.score = lambda examples, groups: torch.tensor(thinking)
+    if "none" in settings:
+        judge, thinking = None, [[NAN] * 3] * 3
+    groups, how = list(zip(outcome, thinking)), (4, 10, config.alpha, config.trust, config.anneal)
+    rewards = [rewards_from_paper(*group, *how) for group in groups]
+    advantages = [advantages_from_paper(group) for group in rewards]
+    gammas = [trusted_from_paper(*group, config.trust)[1] or None for group in groups]
     texts = [f"<think>t</think><answer>{example.solution if hit else 'no'}</answer>"
-             for example, hits in zip(examples, right) for hit in hits][:8] + ["no format"]
-    wrong = 0 if "released" in settings else factor  # there, wrong answers' scores don't count
-    rewards = [[1 + factor * 0.2, wrong * 0.8, wrong * 0.6], [0, 1, 0], [last * 0.5, last * 0.4, last * 0.3]]
+             for example, hits in zip(examples, outcome) for hit in hits][:8] + ["no format"]
     metrics = dict(loss=0.0, kl=0.0, clip_frac=0.0, entropy=0.0, grad_norm=0.0)
     monkeypatch.setattr(sophia_min, "rollout", lambda *args, **kwargs: dataclasses.replace(
         plain(*args, **kwargs), texts=texts))
     monkeypatch.setattr(sophia_min, "update", lambda *args: seen.append(args[3:5]) or dict(metrics))
-    step = (4, road[0], None, judge, None, road[1], examples, road_config("--steps", "10", *settings))
+    step = (4, road[0], None, judge, None, road[1], examples, config)
     line, record = sophia_min.train_step(*step)
-    batch, advantages = seen[0]
-    for found, values, group in zip(advantages.view(3, G), rewards, record, strict=True):
-        values = torch.tensor(values, dtype=torch.float64)
-        torch.testing.assert_close(found, (values - values.mean()) / (values.std() + 1e-6), rtol=1e-6, atol=1e-6)
-        assert [row["reward"] for row in group["responses"]] == pytest.approx(values.tolist())
-        assert [row["advantage"] for row in group["responses"]] == found.tolist()
-    judged, rows = [gamma for gamma in gammas if gamma], [row for group in record for row in group["responses"]]
-    assert [group["gamma"] for group in record] == [gamma and pytest.approx(gamma) for gamma in gammas]
+    (batch, found), rows = seen[0], [row for group in record for row in group["responses"]]
+    assert [row["reward"] for row in rows] == pytest.approx(sum(rewards, []))
+    assert [row["advantage"] for row in rows] == found.tolist() == pytest.approx(sum(advantages, []), rel=1e-6, abs=1e-6)
+    assert [row["outcome"] for row in rows] == sum(outcome, []) and rows[4]["thinking"] is None
+    assert [(row["response"], row["tokens"]) for row in rows] == list(zip(texts, batch.mask.sum(1).tolist()))
+    assert [(group["id"], group["gamma"]) for group in record] == [
+        (example.id, gamma and pytest.approx(gamma)) for example, gamma in zip(examples, gammas)]
+    judged = [gamma for gamma in gammas if gamma]
     expected = dict(
-        gamma=statistics.fmean(judged) if judged else None, thinking=3.8 / 8 if judged else None,
-        unscored=len(judged) // 2, anneal=1 if "--anneal" in settings else math.exp(-0.4), mistrusted=mistrusted,
-        zero_groups=int(not last), outcome=2 / 9, accuracy=2 / 9, format_rate=8 / 9, truncated=batch.truncated,
+        gamma=statistics.fmean(judged) if judge else None, thinking=3.8 / 8 if judge else None, unscored=int(bool(judge)),
+        mistrusted=sum(gamma < 1 for gamma in judged), zero_groups=advantages.count([0] * 3), outcome=2 / 9,
+        accuracy=2 / 9, format_rate=8 / 9, truncated=batch.truncated, anneal=math.exp(-0.4) if config.anneal else 1,
         prompt_tokens=statistics.fmean(len(road[1].question(example).ids) for example in examples))
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     assert json.loads(json.dumps([line, record], allow_nan=False)) == [line, record]
-    assert [group["id"] for group in record] == [example.id for example in examples]
-    assert [(row["response"], row["tokens"]) for row in rows] == list(zip(texts, batch.mask.sum(1).tolist()))
-    assert [row["outcome"] for row in rows] == sum(right, []) and rows[4]["thinking"] is None
-    if judge:
-        scores.fill_(math.inf)
+    thinking = [[INF] * 3] * 3
+    if judge and config.trust == "off":
         with pytest.raises(FloatingPointError, match="a reward is not finite"):
-            sophia_min.train_step(*step[:-1], road_config("--trust", "off"))
+            sophia_min.train_step(*step)
 
 
 def test_an_untrained_judge_of_a_real_model_is_that_model():
@@ -2723,7 +2637,7 @@ def test_groups_that_say_nothing_or_all_the_same(road, road_examples, monkeypatc
 # ---------------------------------------------------------------- several processes, and what fits where
 
 FIXED_ROLLOUTS = """
-import copy, dataclasses, os, random, sys, zlib
+import copy, dataclasses, sys, zlib
 import torch
 from torch.distributed.tensor import DTensor
 import data, sophia_min
@@ -2733,18 +2647,15 @@ config = sophia_min.configure(["--micro_batch", "2", "--questions_per_step", "4"
 sophia_min.join_ranks(config)
 model, processor = data.toy_model(0)
 model.generation_config.eos_token_id = [model.generation_config.eos_token_id, 262]  # not together
-questions, examples, rng = data.toy_questions(4, 0), data.toy_examples(4, 0), random.Random(0)
+reference = copy.deepcopy(model).requires_grad_(False)
+for weight in reference.parameters():
+    weight.mul_(1.02)
+examples, own = data.toy_examples(4, 0), list(range(4))[rank::world]
 examples[1::2] = [dataclasses.replace(example, image=None) for example in examples[1::2]]  # no picture on rank 1
-texts = [[question.response(rng, flaw) for flaw in (None, "haste", "redundancy")] for question in questions]
-advantages, own = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), list(range(4))[rank::world]
-ids = [processor.encode(text) + [processor.tokenizer.eos_token_id] for q in own for text in texts[q]]
+ids = [processor.encode("red " * (3 + 5 * q + 4 * i)) + [processor.tokenizer.eos_token_id] for q in own for i in range(3)]
 batch = sophia_min.Rollout([examples[q] for q in own], [processor.question(examples[q]) for q in own],
                            *sophia_min.pad(ids, "right"), [], 0)
-reference = copy.deepcopy(model).requires_grad_(False)
-torch.manual_seed(1)
-with torch.no_grad():
-    for weight in reference.parameters():
-        weight.add_(torch.randn_like(weight) * 0.01)
+advantages = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
 def prefix_of(model, *more):
     with torch.no_grad():
@@ -2753,8 +2664,8 @@ def prefix_of(model, *more):
 if world > 1:
     for each in (model, reference):
         sophia_min.shard(each, torch.float32)
-    assert sophia_min.is_sharded(model) and sum(
-        w.to_local().numel() for w in model.parameters()) < 0.6 * sum(w.numel() for w in model.parameters())
+    held = sum(weight.to_local().numel() for weight in model.parameters())
+    assert held < 0.6 * sum(weight.numel() for weight in model.parameters())
 longer = dataclasses.replace(config, max_new_tokens=30)
 wrote = sophia_min.rollout(model, processor, batch.examples, 1, longer, greedy=True)  # unequally long on both ranks
 layers = [weight for unit in (model.model.language_model.layers, model.model.visual) for weight in unit.parameters()]
@@ -2782,29 +2693,25 @@ if world > 1:
     model.reshard()  # what was written must be in the parts, not in that piece
 again = optimizer.state()
 if rank == 0:
-    assert all(torch.equal(weight, saved["weights"][name]) for name, weight in again["weights"].items())
-    for i, moments in saved["adamw"]["state"].items():
-        assert all(torch.equal(value, again["adamw"]["state"][i][name]) for name, value in moments.items())
+    torch.testing.assert_close([again["weights"], again["adamw"]["state"]], [saved["weights"], saved["adamw"]["state"]],
+                               rtol=0, atol=0)
 if world > 1:  # in bf16 the same as one process: FSDP must not round what enters a layer, such as rotary angles
     alone, spread = (data.toy_model(0)[0] for _ in range(2))
     for weight in alone.parameters():
         weight.data = weight.data.bfloat16()
     sophia_min.shard(spread, torch.bfloat16)
-    for a, b in zip(*(prefix_of(each, data.blank_picture(alone.config)).keys_values for each in (alone, spread))):
-        assert a[0].dtype == torch.bfloat16 and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-
+    alone, spread = (prefix_of(each, data.blank_picture(alone.config)).keys_values for each in (alone, spread))
+    assert alone[0][0].dtype == torch.bfloat16
+    torch.testing.assert_close(alone, spread, rtol=0, atol=0)
     data.StopAfterStep.asked, sophia_min.join_ranks = rank == 1, lambda config: None  # one's Ctrl-C; they have met
     sophia_min.main(sys.argv[2:])
 """
 FAILING_RANK = """
-import sys, torch, sophia_min
-torch.set_num_threads(1)
-step = sophia_min.train_step
+import sys, sophia_min
 def train_step(*args):
-    if sophia_min.RANK == 1:
-        raise FloatingPointError("rank 1 has a bad day")
-    return step(*args)
-sophia_min.train_step = train_step
+    raise FloatingPointError("rank 1 has a bad day")
+if sophia_min.RANK == 1:
+    sophia_min.train_step = train_step
 sophia_min.main(sys.argv[1:])
 """
 
@@ -2814,10 +2721,9 @@ def processes(tmp_path):
     """processes(n, script, argument, ..): what n processes that run it together leave."""
     def run(n, script, *arguments):
         (tmp_path / "script.py").write_text(script)
-        together = ["-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port",
-                    str(random.Random(os.getpid() + len(script)).randint(20000, 40000))] * (n > 1)
-        process = subprocess.Popen([sys.executable, *together, str(tmp_path / "script.py"), *map(str, arguments)],
-                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
+        together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] * (n > 1)
+        process = subprocess.Popen([sys.executable, *together, tmp_path / "script.py", *arguments], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
                                        **os.environ, "OMP_NUM_THREADS": "1",
                                        "PYTHONPATH": str(Path(sophia_min.__file__).parent)})
         try:
@@ -2834,7 +2740,7 @@ def test_two_processes_are_one(flags, processes, folders, tmp_path):
     after three updates and one that has nothing to learn from on one of them, the same weights and moments. Then a
     sampled run on two, stopped on one of them, goes on on two, and at last in a single process."""
     out = tmp_path / "out"
-    argv = flags("out", "--reward_model", folders / "judge", "--questions_per_step", 2, "--out", out)
+    argv = flags("out", "--reward_model", folders / "judge", "--questions_per_step", 2)
     alone = processes(1, FIXED_ROLLOUTS, tmp_path)
     assert alone.returncode == 0, alone.stderr[-2000:]
     both = processes(2, FIXED_ROLLOUTS, tmp_path, *argv)
@@ -2845,11 +2751,8 @@ def test_two_processes_are_one(flags, processes, folders, tmp_path):
     assert one["wrote"] == two["wrote"] and list(map(len, one["wrote"])) == [18, 21, 15, 9]  # rank 0 is done first
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-5)
     assert one["answers"] == two["answers"] and 0 < sum(one["answers"]["right"]) < 9
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(weight, two["weights"][name], rtol=0, atol=3e-5, msg=name)  # 3 steps of up to 1e-3
-    for i, moments in one["adamw"]["state"].items():
-        for name, value in moments.items():
-            torch.testing.assert_close(value, two["adamw"]["state"][i][name], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(one["weights"], two["weights"], rtol=0, atol=3e-5)  # 3 steps of up to 1e-3
+    torch.testing.assert_close(one["adamw"]["state"], two["adamw"]["state"], rtol=1e-3, atol=1e-5)
     groups = data.read_lines(out / "groups.jsonl")
     assert len({group["id"] for group in groups if group["step"] == 1}) == 2
     weights = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["weights"]
@@ -2865,43 +2768,6 @@ def test_a_failing_process_ends_all(flags, processes, tmp_path):
     assert not (tmp_path / "out" / "checkpoint" / "state.pt").exists()
 
 
-def test_sft_takes_the_same_steps_however_many_items_at_once(road, road_examples, monkeypatch):
-    def encode(item):
-        return [road[1].question(item[0])] * len(item[1]), [road[1].encode(text) for text in item[1]]
-
-    items = list(zip(road_examples["mixed"], (["a red circle", "b"], ["blue"], ["one two three", "square", "c"])))
-    found, passes, plain = {}, [], sophia_min.PrefixCache
-    monkeypatch.setattr(reward_model, "PrefixCache", lambda model, groups: passes.append(len(groups)) or plain(
-        model, groups))
-    for n in (0, 1, 2, 3):
-        model = copy.deepcopy(road[0])
-        passes.clear()
-        reward_model.sft(model, items, encode, 3, 3, 1e-3, "sft", micro_batch=n)
-        found[n] = {name: weight.detach() - before for (name, weight), before in
-                    zip(model.named_parameters(), road[0].parameters())}
-        assert sum(passes) == 9 and max(passes) == (n or 3)
-        assert relative_error(found[n], found[0]) < 2e-3  # AdamW divides tiny gradients by their own size
-
-
-def test_an_offloaded_optimizer_takes_the_steps_of_torchs_own(road):
-    """Masters and moments elsewhere change nothing but where they are; a model can have one after another."""
-    model, bare = copy.deepcopy(road[0]), copy.deepcopy(road[0])
-    for offload in (True, True, False):
-        ours = sophia_min.MasterAdamW(model, 1e-3, offload=offload)
-        plain = torch.optim.AdamW(bare.parameters(), 1e-3, weight_decay=0.01)
-        assert all((master is weight) != offload for master, weight in zip(ours.masters, ours.weights))
-        for seed in (0, 1):
-            for net in (model, bare):
-                torch.manual_seed(seed)
-                sum((weight * torch.randn_like(weight)).sum() for weight in net.parameters()).backward()
-            torch.nn.utils.clip_grad_norm_(bare.parameters(), 4.0)
-            ours.step()
-            plain.step()
-            plain.zero_grad()
-    for a, b in zip(model.parameters(), bare.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
@@ -2912,57 +2778,48 @@ def test_a_full_card_names_what_helps(flags, monkeypatch, capsys):
     assert re.fullmatch("CUDA out of memory.*--max_pixels, --micro_batch.*--freeze_vision.*", said)
 
 
-def memory(config, policy_config, judge_config, offload, dtype=torch.bfloat16, world=1):
-    """{part: (bytes, where)} of a run, without what an update's activations add. Parameters are counted on the real
-    classes, built without memory."""
-    def count(model_config, trained_only=False):
-        with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(copy.deepcopy(model_config))
-        model.model.visual.requires_grad_(not config.freeze_vision)
-        model.tie_weights()
-        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trained_only)
-
-    n, trained, text, size = count(policy_config), count(policy_config, True), policy_config.text_config, dtype.itemsize
-    share = "card" + f", in {world} parts" * (world > 1)
-    home = share.replace("card", "host") if offload else share
+def memory(config, policy, judge, offload, world=1):
+    """{part: (bytes, where)} of a run with models of these shapes, without what an update's activations add."""
+    weights, trained = sum(w.numel() for w in policy.parameters()), sum(
+        w.numel() for w in policy.parameters() if w.requires_grad)
+    size, text, card = policy.dtype.itemsize, policy.config.text_config, "card" + f", in {world} parts" * (world > 1)
+    home = "host" if offload else card
     tokens = config.questions_per_step // world * config.group_size * (
         config.max_pixels // 28 ** 2 + config.max_new_tokens)
     a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    parts = {"policy, to compute with": (n * (size if world == 1 else 4), share),
+    parts = {"policy, to compute with": (weights * (size if world == 1 else 4), card),
              "policy, fp32 masters": (trained * 4 * (offload or size == 2 and world == 1), home),
-             "gradients, fp32": (trained * 4, share), "AdamW's moments, fp32": (trained * 8, home),
-             "reference": (n * size * (config.kl_coef > 0), share),
-             "reward model": (count(judge_config) * size, "card"),
+             "gradients, fp32": (trained * 4, card),
+             "AdamW's moments, fp32": (trained * 8, home),
+             "reference": (weights * size * (config.kl_coef > 0), card),
+             "reward model": (sum(w.numel() for w in judge.parameters()) * size, "card"),
              f"keys and values of a rollout, {tokens:,} tokens": (tokens * a_token * size, "card"),
-             "policy, whole while it decodes": (n * size * (world > 1), "card")}
+             "policy, whole while it decodes": (weights * size * (world > 1), "card")}
     return {part: found for part, found in parts.items() if found[0]}
 
 
 @pytest.mark.parametrize("more", [(), ("--freeze_vision",), ("--offload_optimizer", "true", "--kl_coef", "0")])
-def test_memory_by_part_is_that_of_the_tensors(road, tmp_path, more):
+def test_memory_by_part_is_that_of_the_tensors(road, road_examples, more):
     """The table's arithmetic against what a model, its optimizer after a step, and a cache really hold."""
     config, model = sophia_min.configure(["--model", "x", "--data", "y.json", *more]), copy.deepcopy(road[0])
     model.model.visual.requires_grad_(not config.freeze_vision)
-    offload, home = bool(config.offload_optimizer), "host" if config.offload_optimizer else "card"
-    optimizer = sophia_min.MasterAdamW(model, 1e-3, offload=offload)
-    sum((weight * 2).sum() for weight in optimizer.weights).backward()
-    with torch.no_grad():
-        prefix = sophia_min.PrefixCache(model, [[road[1].question(data.toy_examples(1, 0, folder=tmp_path)[0])]])
-
-    def size(tensors):
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    whole, gradients = size(model.parameters()), size(w.grad for w in model.parameters() if w.grad is not None)
+    offload, whole, tokens = bool(config.offload_optimizer), [*model.parameters()], 16 * 8 * (1280 + 1024)
+    optimizer = GradientsOnly(model, offload=offload)
+    sum(weight.sum() for weight in optimizer.weights).backward()
     optimizer.step()
-    moments = size(s[name] for s in optimizer.adamw.state.values() for name in ("exp_avg", "exp_avg_sq"))
-    tokens = 16 * 8 * (config.max_pixels // 784 + 1024)
-    a_token = size(tensor for pair in prefix.keys_values for tensor in pair) // prefix.ids.numel()
-    expected = {"policy, to compute with": (whole, "card"), "gradients, fp32": (gradients, "card"),
-                "AdamW's moments, fp32": (moments, home), "reward model": (whole, "card"),
-                f"keys and values of a rollout, {tokens:,} tokens": (tokens * a_token, "card")}
-    expected |= {"policy, fp32 masters": (size(optimizer.masters), "host")} if offload else {}
-    expected |= {"reference": (whole, "card")} if config.kl_coef else {}
-    assert memory(config, model.config, model.config, offload, torch.float32) == expected
+    with torch.no_grad():
+        prefix = sophia_min.PrefixCache(model, [[road[1].question(road_examples["pictures"][0])]])
+    cache = f"keys and values of a rollout, {tokens:,} tokens"
+    held = {"policy, to compute with": whole, "policy, fp32 masters": optimizer.masters if offload else [],
+            "gradients, fp32": optimizer.kept[0].values(), "reward model": whole, cache: sum(prefix.keys_values, ()),
+            "AdamW's moments, fp32": [state[name] for state in optimizer.adamw.state.values() for name in (
+                "exp_avg", "exp_avg_sq")], "reference": whole if config.kl_coef else []}
+    expected = {part: sum(tensor.nbytes for tensor in tensors) for part, tensors in held.items() if tensors}
+    expected[cache] = expected[cache] // prefix.ids.numel() * tokens
+    found = memory(config, model, model, offload)
+    assert {part: size for part, (size, _) in found.items()} == expected
+    assert {part for part, (_, where) in found.items() if where == "host"} == (
+        {"policy, fp32 masters", "AdamW's moments, fp32"} if offload else set())
 
 
 VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
@@ -2978,10 +2835,8 @@ QWEN_7B = (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
                          ids=["3B_on_one_GPU", "7B_on_eight_GPUs"])
 def test_memory_of_the_published_sizes(shape, weights, world):
     """python -m pytest -q -s -k published_sizes prints the README's table; the reward model has 3B."""
-    policy, judge = (Qwen2_5_VLConfig(text_config=text, vision_config=vision,
-                                      tie_word_embeddings=text["tie_word_embeddings"])
-                     for text, vision in (shape, QWEN_3B))
-    found = memory(sophia_min.configure(["--model", "x", "--data", "y.json"]), policy, judge, world == 1, world=world)
+    policy, judge = (shaped_model(*each, torch.bfloat16, "meta")[0] for each in (shape, QWEN_3B))
+    found = memory(sophia_min.configure(["--model", "x", "--data", "y.json"]), policy, judge, world == 1, world)
     table = [f"{size / 1e9:6.1f} GB  {part} ({where})" for part, (size, where) in found.items()]
     on_card = sum(size / (world if "parts" in where else 1) for size, where in found.values() if "card" in where)
     print("", *table, f"{on_card / 1e9:6.1f} GB on a card, without the update's activations", sep="\n")
@@ -3259,15 +3114,15 @@ STUDY = Path("runs", "study")  # what is there already isn't done again
 
 def study_arm(folder, seed, flags):
     """Train, or go on, then evaluate on kinds of questions that training never asks: commands as a user gives them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = (folder / "run" / "checkpoint" / "state.pt").exists()
+    run, shifted = folder / "run", folder / "shifted"
+    begun = (run / "checkpoint" / "state.pt").exists()
     if not begun:
-        shutil.rmtree(folder / "run", ignore_errors=True)
-    train = ["--resume", folder / "run"] if begun else [
-        "--seed", seed, "--save_rollouts", *flags.split(), "--out", folder / "run"]
-    shifted = ["--model", folder / "run" / "model", "--data", "toy-shifted", "--eval_only", "--toy_pixels", 56,
-               "--max_new_tokens", 80, "--seed", seed, "--out", folder / "shifted"]
-    for command, done in ((train, folder / "run" / "report.html"), (shifted, folder / "shifted" / "eval.json")):
+        shutil.rmtree(run, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    train = ["--resume", run] if begun else ["--seed", seed, *flags.split(), "--out", run]
+    look = ["--model", run / "model", "--data", "toy-shifted", "--eval_only", "--toy_pixels", 56, "--max_new_tokens", 80,
+            "--seed", seed, "--out", shifted]
+    for command, done in ((train, run / "report.html"), (look, shifted / "eval.json")):
         if not done.exists():
             with open(folder / "output.txt", "a") as output:
                 subprocess.run([sys.executable, sophia_min.__file__, *map(str, command)], stdout=output, check=True,
@@ -3275,31 +3130,22 @@ def study_arm(folder, seed, flags):
 
 
 def study_numbers(folder):
-    """What an arm came to, on new scenes and on shifted questions, and what trust and annealing did on the way there:
-    the spread is the standard deviation of the advantages in groups that are all right, where thinking alone counts."""
-    log, groups, spreads = data.read_lines(folder / "run" / "log.jsonl"), {}, ([], [], [])
-    for row in data.read_lines(folder / "run" / "rollouts.jsonl"):
-        if not row.get("held_out"):
-            groups.setdefault((row["step"], row["id"]), []).append(row)
-    for (step, _), rows in groups.items():
-        if all(row["outcome"] >= 0.5 for row in rows):
-            spreads[(step - 1) * 3 // len(log)].append(statistics.stdev(row["advantage"] for row in rows))
+    """What an arm came to, on new scenes and on shifted questions, and what trust did on the way there."""
+    log, result = data.read_lines(folder / "run" / "log.jsonl"), {}
+    for kind, part, when in (("", "run", "after"), ("shifted ", "shifted", "before")):
+        found = json.loads((folder / part / "eval.json").read_text())[when]
+        result |= {kind + name: found[name] for name in ("accuracy", "soundness")}
     gammas = [line["gamma"] for line in log if line["gamma"] is not None]
-    result = {"shifted " * (part == "shifted") + name: json.loads((folder / part / "eval.json").read_text())[when][name]
-              for part, when in (("run", "after"), ("shifted", "before")) for name in ("accuracy", "soundness")}
     return result | {"gamma": statistics.fmean(gammas) if gammas else None,
-                     "mistrusted groups": sum(line["mistrusted"] for line in log),
-                     "spread first third": statistics.fmean(spreads[0]) if spreads[0] else None,
-                     "spread last third": statistics.fmean(spreads[2]) if spreads[2] else None}
+                     "mistrusted groups": sum(line["mistrusted"] for line in log)}
 
 
 def with_interval(values):
     """The mean over seeds, with its 95% interval (Student's t), as text."""
     if None in values:
         return "-"
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), math.nan)
-    half = t * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):.3f} +-{half:6.3f}"
+    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
+    return f"{statistics.fmean(values):.3f} +-{t * statistics.stdev(values) / len(values) ** 0.5:6.3f}"
 
 
 def study_report(runs):
@@ -3310,11 +3156,11 @@ def study_report(runs):
     paired = {f"full minus {arm}": {name: [a - b for a, b in zip(values["full"][name], numbers[name])]
                                     for name in names[:4]} for arm, numbers in values.items() if arm != "full"}
     lines = []
-    for columns, table in ((names[:4], values), (names[:4], paired), (names[4:], values)):
-        lines += ["", " " * 43 + "".join(f"{name:>19}" for name in columns)]
+    for columns, table in ((names[:4], values | paired), (names[4:], values)):
+        lines.append(" " * 43 + "".join(f"{name:>19}" for name in columns))
         lines += [f"{label:<43}" + "".join(f"{with_interval(numbers[name]):>19}" for name in columns)
                   for label, numbers in table.items()]
-    return "\n".join(lines[1:])
+    return "\n".join(lines)
 
 
 @pytest.mark.study
@@ -3334,26 +3180,19 @@ def test_the_arms_of_table_3():
 
 
 def test_the_studys_arithmetic(tmp_path):
-    for n, arm in enumerate(("full", "GRPO")):
-        for seed in range(3):
-            folder, result = tmp_path / arm / str(seed), {"accuracy": (seed + 2 * n) / 8, "soundness": n / 2}
-            data.write_json(folder / "run" / "eval.json", {"after": result})
-            data.write_json(folder / "shifted" / "eval.json", {"before": result})
-            gammas = [None if n else 0.9 + 0.1 * (step > 6) for step in range(1, 13)]
-            reward_model.write_rows(folder / "run" / "log.jsonl", [
-                {"gamma": gamma, "mistrusted": 2 * (gamma == 0.9)} for gamma in gammas])
-            reward_model.write_rows(folder / "run" / "rollouts.jsonl", [{"step": 0, "held_out": True, "outcome": 1}, *(
-                {"step": step, "id": id, "outcome": outcome, "advantage": value} for step in range(1, 13)
-                for id, outcome, value in (("a", 1, 1 / step), ("a", 1, -1 / step), ("b", 1, 9), ("b", 0, -9)))])
-    runs = {arm: [study_numbers(tmp_path / arm / str(seed)) for seed in range(3)] for arm in ("full", "GRPO")}
-    early, late = (math.sqrt(2) * sum(1 / step for step in part) / 4 for part in (range(1, 5), range(9, 13)))
-    assert runs["full"][1] == pytest.approx({
-        "accuracy": 1 / 8, "soundness": 0, "shifted accuracy": 1 / 8, "shifted soundness": 0, "gamma": 0.95,
-        "mistrusted groups": 12, "spread first third": early, "spread last third": late})
+    runs = {"full": [], "GRPO": []}
+    for (n, arm), seed in itertools.product(enumerate(runs), range(3)):
+        result = {"accuracy": (seed + 2 * n) / 8, "soundness": n / 2}
+        data.write_json(tmp_path / "run" / "eval.json", {"after": result})
+        data.write_json(tmp_path / "shifted" / "eval.json", {"before": result})
+        reward_model.write_rows(tmp_path / "run" / "log.jsonl", [
+            {"gamma": None if n else gamma, "mistrusted": int(gamma < 1)} for gamma in (0.8, 0.9, 1)])
+        runs[arm].append(study_numbers(tmp_path))
+    assert runs["full"][1] == pytest.approx({"accuracy": 1 / 8, "soundness": 0, "shifted accuracy": 1 / 8,
+                                             "shifted soundness": 0, "gamma": 0.9, "mistrusted groups": 2})
     shown = study_report(runs).splitlines()
-    cells = {" ".join(line[:43].split()): line[43:].split() for line in shown[:7]}
-    assert cells["full"][:6] == ["0.125", "+-", "0.311", "0.000", "+-", "0.000"]  # 4.303 / 8 / sqrt(3)
-    assert cells["full minus GRPO"][:6] == ["-0.250", "+-", "0.000", "-0.500", "+-", "0.000"]  # in pairs: all the same
+    assert shown[1].split() == "full 0.125 +- 0.311 0.000 +- 0.000 0.125 +- 0.311 0.000 +- 0.000".split()  # 4.303 / 8 / sqrt(3)
+    assert shown[3].split()[3:9] == ["-0.250", "+-", "0.000", "-0.500", "+-", "0.000"]  # in pairs: all the same
     assert shown[-1].split()[:2] == ["GRPO", "-"] and max(map(len, shown)) <= 120
 
 
@@ -3375,20 +3214,6 @@ def test_shifted_questions_are_of_kinds_that_training_never_asks():
 
 # side of the picture in pixels, forced response tokens, steps, goals: TRL's seconds and memory over ours
 BENCH = {"prompt-heavy": (840, 64, 3, 6.0, 3.0), "response-heavy": (112, 256, 4, 1.15, 1.0)}
-
-
-def shaped_model(text, vision, dtype=torch.float32, device="cpu"):
-    """(random weights in a shape, the toy's tokenizer and image processor)"""
-    toy, processor = data.toy_model(0)
-    config = toy.config.to_dict()
-    config["text_config"] |= text
-    config["vision_config"] |= vision
-    del config["text_config"]["layer_types"]
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_dict(config), dtype=dtype).eval()
-    model.generation_config = toy.generation_config
-    return model, processor
 
 
 def bench_model(folder):
