@@ -6,6 +6,7 @@ import copy
 import ctypes
 import dataclasses
 import gc
+import inspect
 import io
 import itertools
 import json
@@ -865,10 +866,14 @@ def gamma_from_paper(outcome, thinking):
     return 1.0 if mu_c >= mu_w else math.exp(mu_c - mu_w)  # Eq. 3
 
 
+def gate_from_released(outcome):
+    dropped = all(o >= 0.9 for o in outcome) or all(o <= 0.1 for o in outcome)  # the table at the end of paper.md
+    return [0.0 if dropped or o < 0.2 else 1.0 for o in outcome]
+
+
 def trusted_from_paper(outcome, thinking, trust):
-    if trust == "released":  # the table at the end of paper.md
-        dropped = all(o >= 0.9 for o in outcome) or all(o <= 0.1 for o in outcome)
-        thinking = [0.0 if dropped or o < 0.2 else t for o, t in zip(outcome, thinking)]
+    if trust == "released":
+        thinking = [t if counts else 0.0 for t, counts in zip(thinking, gate_from_released(outcome))]
     if any(math.isnan(t) for t in thinking):
         return [0.0] * len(thinking), 0.0  # ours
     return thinking, 1.0 if trust == "off" else gamma_from_paper(outcome, thinking)
@@ -912,6 +917,7 @@ def doubles(values):
 def test_rewards_and_advantages_agree_with_the_paper(group, step, total, alpha, trust, anneal):
     outcome, thinking = map(list, zip(*group))
     how = (step, total, alpha, trust, anneal)
+    assert sophia_min.released_gate(doubles(outcome), doubles(thinking)).tolist() == gate_from_released(outcome)
     used, gamma = sophia_min.trusted(doubles(outcome), doubles(thinking), trust)
     assert (used.tolist(), pytest.approx(gamma.item(), abs=1e-12)) == trusted_from_paper(outcome, thinking, trust)
     rewards = sophia_min.combined_reward(doubles(outcome), doubles(thinking), *how)
@@ -941,23 +947,11 @@ def test_gamma_of_the_worked_examples(outcome, thinking, gamma):
     assert found == pytest.approx(gamma, abs=1e-6, nan_ok=True) and not found > 1
 
 
-@pytest.mark.parametrize("trust, outcome, thinking, used, gamma", [
-    ("paper", [1, 0, .7], [.2, .9, .4], [.2, .9, .4], math.exp(-0.6)), ("paper", [1, 0, .7], [.5, NAN, .1], [0] * 3, 0),
-    ("off", [1, 0, .7], [.2, .9, .4], [.2, .9, .4], 1), ("off", [1, 0, .7], [.5, NAN, .1], [0] * 3, 0),
-    # released: who fails has R^t = 0, scored or not, so that gamma is 1 on 0/1 outcomes, always
-    ("released", [1, 0, .2, .19], [.3, NAN, .9, NAN], [.3, 0, .9, 0], 1), ("released", [1, .1], [NAN, .9], [0, 0], 0),
-    # and groups that agree lose the term
-    ("released", [1, .9, .95], [.3, .4, .9], [0] * 3, 1), ("released", [1, .9, .89], [.3, .4, .9], [.3, .4, .9], 1),
-    ("released", [0, .1, .05], [.3, .4, .9], [0] * 3, 1), ("released", [0, .1, .2], [.3, .4, .9], [0, 0, .9], 1)])
-def test_trusted_by_hand(trust, outcome, thinking, used, gamma):
-    """Where a score that counts is missing, the thinking term is dropped."""
-    outcome, thinking = doubles(outcome), doubles(thinking)
-    found = sophia_min.trusted(outcome, thinking, trust)
-    assert (found[0].tolist(), found[1].item(), found[1].shape) == (used, pytest.approx(gamma), ())
-    rewards = sophia_min.combined_reward(outcome, thinking, 1, 10, trust=trust)
-    assert torch.equal(rewards, outcome) == (not any(used))
-    if trust == "released" and gamma:
-        assert sophia_min.released_gate(outcome, thinking).tolist() == [value > 0 for value in used]
+def test_released_gating_pins_gamma_at_one():
+    """On right-or-wrong answers: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
+    for outcome, thinking, used in [([1, 0, 0], [.3, .9, NAN], [.3, 0, 0]), ([1, 1, .9], [.3, .9, NAN], [0, 0, 0])]:
+        found, gamma = sophia_min.trusted(doubles(outcome), doubles(thinking), "released")
+        assert (found.tolist(), gamma.item(), gamma.shape) == (used, 1, ())
 
 
 def test_equal_rewards_give_exact_zeros():
@@ -1016,13 +1010,6 @@ def test_loss_gradient_is_that_of_finite_differences(seed):
         assert leaf.grad[tuple(at)].item() == pytest.approx((high - low).item() / (2 * h), abs=1e-8)
 
 
-def test_k3_estimates_the_kl_divergence():
-    policy, reference = doubles([.5, .3, .2]), doubles([.2, .2, .6])
-    k3 = sophia_min.kl_k3(policy.log(), reference.log())
-    assert (policy * k3).sum().item() == pytest.approx(sum(p * math.log(p / r) for p, r in zip(policy, reference)))
-    assert (k3 > 0).all() and torch.equal(sophia_min.kl_k3(policy, policy), torch.zeros(3, dtype=torch.float64))
-
-
 # ---------------------------------------------------------------- section 3.4: log-probabilities and masks
 
 
@@ -1060,15 +1047,6 @@ def test_token_logps_are_those_of_sampling(monkeypatch, rows, dtype, atol, rtol,
         assert [logps[n, r].item(), entropy[n, r].item()] == pytest.approx([logp, spread], abs=atol)
         gradient = (weights[n, r] * doubles(gradient)).tolist()
         assert logits.grad[n, r].tolist() == pytest.approx(gradient, rel=rtol, abs=rtol / 100)
-
-
-@pytest.mark.parametrize("eos", [[2], [3, 2]])
-def test_response_mask_keeps_the_first_end(eos):
-    """Whatever follows, padding with the same id too; without an end all counts. Every row of four of four ids."""
-    ids = torch.tensor(list(itertools.product(range(4), repeat=4)))
-    ends = [next((t for t, id in enumerate(row) if id in eos), 4) for row in ids.tolist()]
-    mask = sophia_min.response_mask(ids, eos)
-    assert mask.tolist() == [[int(t <= end) for t in range(4)] for end in ends] and mask.dtype == torch.int64
 
 
 # ---------------------------------------------------------------- the toy world: its oracle
@@ -1425,10 +1403,9 @@ def road_config(*more):
 
 def moved(model, seed, by):
     """The model with noise on each weight, so that none stays at its initial 0 or 1."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * by)
+    rng = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.data += torch.randn(weight.shape, generator=rng) * by
     return model
 
 
@@ -1457,13 +1434,11 @@ def road():
 
 
 @pytest.fixture(scope="session")
-def road_reference(road):
-    return moved(copy.deepcopy(road[0]).requires_grad_(False), 5, 0.01)
-
-
-def other_model():
-    """(model, Processor) unlike the toy: sizes, untied embeddings, one key head, no pad token in its config, more
-    embeddings than tokens, pad = end, an end that is a word, and settings for generation that would spoil a rollout."""
+def roads(road, tmp_path_factory):
+    """The toy; the Processor of the published files of Qwen2.5-VL; and, as its folder gives it, another model: untied,
+    of other sizes, one key head, no pad token in its config, more embeddings than tokens, pad = end, an end that is a
+    word, and settings for generation that would spoil a rollout."""
+    folder, published = tmp_path_factory.mktemp("other"), Path(__file__).parent / "../shared/qwen25vl"
     model, processor = shaped_model(
         dict(vocab_size=len(data.toy_tokenizer()) + 57, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
              num_attention_heads=6, num_key_value_heads=1, tie_word_embeddings=False, pad_token_id=None,
@@ -1474,14 +1449,7 @@ def other_model():
     model.generation_config = GenerationConfig(
         eos_token_id=[300, end, pad, *range(301, 460)], pad_token_id=end, do_sample=True, top_k=5, top_p=0.8,
         temperature=0.1, repetition_penalty=1.3, min_p=0.2)
-    return moved(model, 109, 0.05), processor
-
-
-@pytest.fixture(scope="session")
-def roads(road, tmp_path_factory):
-    """The toy; another model as its folder gives it; the Processor of the published files of Qwen2.5-VL."""
-    folder, published = tmp_path_factory.mktemp("other"), Path(__file__).parent / "../shared/qwen25vl"
-    for part in other_model():
+    for part in (moved(model, 109, 0.05), processor):
         part.save_pretrained(folder)
     return {"toy": road, "other": sophia_min.load(folder, road_config("--device", "cpu", "--max_pixels", "12544")),
             "published": (None, data.Processor.from_pretrained(published, 12544) if published.is_dir() else None)}
@@ -1501,13 +1469,6 @@ def road_examples(tmp_path_factory):
     return {"pictures": [small[0], large[1], wide, small[2]],
             "mixed": [text_only(small[1]), large[0], small[0], text_only(small[2], " Now."), wide],
             "text": [text_only(small[0]), text_only(small[1], " one two three four five"), text_only(small[3])]}
-
-
-@pytest.fixture(scope="session")
-def road_batch(road, road_examples):
-    """A sampled Rollout."""
-    torch.manual_seed(11)
-    return sophia_min.rollout(*road, road_examples["mixed"], G, road_config())
 
 
 @pytest.fixture
@@ -1538,9 +1499,7 @@ def true_float64(monkeypatch):
 def plain_inputs(model, prompts, responses):
     """Rows of prompt and response, padded on the left, with all that HF needs to find the positions itself."""
     rows = [prompt.ids + list(response) for prompt, response in zip(prompts, responses)]
-    pad, width = model.config.text_config.pad_token_id or 0, max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = sophia_min.pad(rows, "left", model.config.text_config.pad_token_id or 0)
     is_image = ((ids == model.config.image_token_id) & (mask == 1)).int()
     inputs, pictures = dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=is_image), [
         prompt for prompt in prompts if prompt.pixel_values is not None]
@@ -1626,35 +1585,28 @@ def advantages_of(batch):
     return torch.randn(len(batch.ids), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-class Passes:
-    """Counts what goes through a model: pictures, rows with an empty cache (prompts), rows that continue one."""
+def counted(model):
+    """Counts from here on what goes through a model: pictures, rows with an empty cache (prompts), rows that continue
+    one."""
+    found = Counter()
 
-    def __init__(self, model):
-        self.pictures = self.prompts = self.continued = 0
-        self.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in (
-            (model.model.visual, self._vision), (model.model.language_model.layers[0], self._layer))]
+    def vision(module, args, kwargs):
+        found["pictures"] += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
 
-    def _vision(self, module, args, kwargs):
-        self.pictures += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
-
-    def _layer(self, module, args, kwargs):
+    def layer(module, args, kwargs):
         hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get(sophia_min.CACHE)
-        empty = cache is None or not cache.get_seq_length()
-        self.prompts += len(hidden) * empty
-        self.continued += len(hidden) * (not empty)
+        found["continued" if cache is not None and cache.get_seq_length() else "prompts"] += len(hidden)
 
-    def stop(self):
-        for handle in self.handles:
-            handle.remove()
-        return self.pictures, self.prompts
+    model.model.visual.register_forward_pre_hook(vision, with_kwargs=True)
+    model.model.language_model.layers[0].register_forward_pre_hook(layer, with_kwargs=True)
+    return found
 
 
 # prompts
 
 TEXTS = ["How many?", "\nFirst a newline.", "  Two spaces, first and last:  ", "größer \u2265 5? 日本 🙂 e\u0301",
-         "a\n\n\nb\t c\r\n", ""]
-TOKEN_LIKE = ("<|im_end|>\n<|im_start|>assistant\n<|image_pad|><|vision_start|><|video_pad|><|endoftext|> {{ 1 + 1 }} "
-              "{question} {image} \ufffc</response> 1.0")
+         "a\n\n\nb\t c\r\n", "", "<|im_end|>\n<|im_start|>assistant\n<|image_pad|><|vision_start|><|video_pad|>"
+         "<|endoftext|> {{ 1 + 1 }} {question} {image} \ufffc</response> 1.0"]
 
 
 @pytest.mark.parametrize("whose", ["toy", "published"])
@@ -1677,7 +1629,7 @@ def test_prompts_are_the_chat_templates_own(roads, road_examples, judge_of, whos
                 {"role": "user", "content": before + picture + after}]
         assert way != "released" or not after and all(name in before[0]["text"] for name in sophia_min.CRITERIA)
     template = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    for text in [*TEXTS, TOKEN_LIKE]:
+    for text in TEXTS:
         example = dataclasses.replace(road_examples["pictures"][1], problem=text, options=(f"A. {text}", "B. no"))
         example = example if image else dataclasses.replace(example, image=None)
         prompt = processor.question(example) if way == "policy" else judge.prompt(example, text)
@@ -1685,7 +1637,7 @@ def test_prompts_are_the_chat_templates_own(roads, road_examples, judge_of, whos
             "\1", data.question_text(example)).replace("\2", text)
         assert prompt.ids.count(processor.image_token) == 16 * image and (prompt.grid is None) == (not image)
         kept = [[token for token in prompt.ids if token in special], *kept]
-        assert prompt.ids == tokenizer(rendered).input_ids or text == TOKEN_LIKE
+        assert prompt.ids == tokenizer(rendered).input_ids or text == TEXTS[-1]
     assert tokenizer.decode(prompt.ids) == rendered and kept[0] == kept[1]
 
 
@@ -1701,16 +1653,16 @@ def test_a_template_without_a_place_for_something_is_refused(judge_of, text):
 def test_rows_that_begin_alike_share_it(judge_of, road_examples, which, template, computed):
     """Logits and greedy continuations are those of each row alone, though a group's common beginning is computed once;
     where a picture comes behind what differs, each row is by itself."""
-    judge, examples = judge_of(template=template, which=which), road_examples["mixed"]
-    groups = [[judge.prompt(example, text) for text in ("fourth is red. so D", "", "fourth is blue, D")]
-              for example in examples] + [[judge.processor.question(examples[1])]]
+    judge, examples, texts = judge_of(template=template, which=which), road_examples["mixed"], ["red. so D", "", "D"]
+    groups = [[judge.prompt(example, text) for text in texts] for example in examples]
+    groups.append([judge.processor.question(examples[1])])
     model, rows = judge.model, [prompt for group in groups for prompt in group]
     prefix = sophia_min.PrefixCache(model, groups)
     assert len(prefix.ids) == computed
-    for n, (prompt, owner, tail) in enumerate(zip(rows, prefix.owner, prefix.tails, strict=True)):
+    for prompt, owner, tail in zip(rows, prefix.owner, prefix.tails, strict=True):
         assert prefix.ids[owner][prefix.mask[owner] == 1].tolist() + tail == prompt.ids and tail
-        first = n // G * G  # a group's tails have nothing more in common
-        assert n == 15 or len({(int(prefix.owner[i]), prefix.tails[i][0]) for i in range(first, first + G)}) > 1
+    for first in range(0, 15, G):  # a group's tails have nothing more in common
+        assert len({(int(prefix.owner[i]), prefix.tails[i][0]) for i in range(first, first + G)}) > 1
     targets, chosen = [[470 + n, 471, 472, 473][:1 + n % 4] for n in range(16)], torch.tensor([15, 4, 3, 0, 9, 4, 14])
     logits = sophia_min.target_logits(model, prefix, chosen, [targets[n] for n in chosen])
     assert logits.shape[:2] == (7, 4)
@@ -1728,20 +1680,20 @@ def test_rows_that_begin_alike_share_it(judge_of, road_examples, which, template
 def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, kind, after):
     """Greedily what each question gets alone, without padding; sampled what HF's own batch gets. Also right after a
     batch that left other rope_deltas on the model, and with a checkpoint whose settings would spoil it."""
-    (policy, processor), examples, cut = roads[which], road_examples[kind], 0
+    policy, processor, examples, cut = copy.deepcopy(roads[which][0]), roads[which][1], road_examples[kind], 0
     prompts, ends = [processor.question(example) for example in examples], policy.generation_config.eos_token_id
-    once = sum(example.image is not None for example in examples), len(prompts)
+    once = dict(pictures=sum(example.image is not None for example in examples), prompts=len(prompts))
     sophia_min.rollout(policy, processor, road_examples[after], 2, road_config("--max_new_tokens", "2"))
-    passes = Passes(policy)
+    passes = counted(policy)
     greedy = sophia_min.rollout(policy, processor, examples, 1, road_config(), greedy=True)
-    assert passes.stop() == once and passes.continued == greedy.ids.numel() and greedy.prefix is None
+    assert passes == Counter(once, continued=greedy.ids.numel()) and greedy.prefix is None
     for prompt, ids in zip(prompts, greedy.ids.tolist(), strict=True):
         assert until_end(policy, ids) == plain_generate(policy, [prompt], suppress_tokens=NEVER)[0].tolist()
     config, rows = road_config(*HOT, "--max_new_tokens", "5"), [prompt for prompt in prompts for _ in range(G)]
-    passes = Passes(policy)
+    passes.clear()
     torch.manual_seed(21)
     batch = sophia_min.rollout(policy, processor, examples, G, config, scores=True, grad=True)
-    assert passes.stop() == once and batch.prefix, "once for all rows of a group"
+    assert passes == Counter(once, continued=batch.ids.numel()) and batch.prefix, "once for all rows of a group"
     torch.manual_seed(21)
     assert torch.equal(batch.ids, plain_generate(policy, rows, 5, 0.6, suppress_tokens=NEVER, min_new_tokens=3))
     assert len({tuple(row) for row in batch.ids.tolist()}) > len(prompts), "groups of different responses"
@@ -1785,12 +1737,12 @@ def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, mic
     torch.manual_seed(6)
     batch = sophia_min.rollout(policy, roads[which][1], examples, G, config, grad=grad)
     batch.ids = torch.where(batch.mask == 1, batch.ids, torch.randint_like(batch.ids, 470, 600))
-    advantages, passes = advantages_of(batch), [Passes(policy), Passes(reference)]
+    advantages, passes = advantages_of(batch), [counted(policy), counted(reference)]
     metrics = sophia_min.update(policy, reference, optimizer, batch, advantages, config)
     times, pictures = config.inner_epochs, sum(example.image is not None for example in examples)
-    once = times * pictures, times * len(examples)
-    assert [counted.stop() for counted in passes] == [(0, 0) if grad else once, once if config.kl_coef else (0, 0)]
-    assert passes[0].continued == times * len(batch.ids)  # old log-probs cost no pass
+    once = Counter(pictures=times * pictures, prompts=times * len(examples), continued=times * len(batch.ids))
+    assert passes[0] == (Counter(continued=len(batch.ids)) if grad else once)  # old log-probs cost no pass
+    assert passes[1] == (once if config.kl_coef else Counter())
     expected, gradients = plain_gradients(plain, reference, batch, advantages, config)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
     assert relative_error(optimizer.kept[-1], gradients) < tolerance
@@ -1803,14 +1755,15 @@ def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, mic
 @pytest.mark.parametrize("questions, more, times", [
     (5, (), 1), (5, ("--micro_batch", str(5 * G - 1)), 2), (5, ("--inner_epochs", "2"), 3),
     (1, ("--micro_batch", "1"), 1)])
-def test_a_step_of_one_part_computes_each_prompt_once(road, road_reference, road_examples, monkeypatch, questions, more,
-                                                      times):
+def test_a_step_of_one_part_computes_each_prompt_once(road, road_examples, monkeypatch, questions, more, times):
     """Else twice, or once more for each inner epoch."""
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
     policy, config = copy.deepcopy(road[0]), road_config("--micro_batch", str(5 * G), *more)
-    passes, examples = Passes(policy), road_examples["mixed"][-questions:]
-    sophia_min.train_step(1, policy, road_reference, None, GradientsOnly(policy), road[1], examples, config)
-    assert passes.stop() == (times * sum(example.image is not None for example in examples), times * questions)
+    reference, passes = copy.deepcopy(policy).requires_grad_(False), counted(policy)
+    examples = road_examples["mixed"][-questions:]
+    sophia_min.train_step(1, policy, reference, None, GradientsOnly(policy), road[1], examples, config)
+    assert passes["prompts"] == times * questions
+    assert passes["pictures"] == times * sum(example.image is not None for example in examples)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 2])
@@ -1867,14 +1820,15 @@ def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype,
     frozen, weights = copy.deepcopy(model.model.visual), [w for w in model.parameters() if w.requires_grad]
     for first in range(2):
         theirs = [weight.detach().float().clone().requires_grad_() for weight in weights]
-        ours, adamw = sophia_min.MasterAdamW(model, 1e-3, offload=offload), torch.optim.AdamW(
-            theirs, 1e-3, weight_decay=0.01)
+        ours = sophia_min.MasterAdamW(model, 1e-3, offload=offload)
+        adamw = torch.optim.AdamW(theirs, 1e-3, weight_decay=0.01)
         assert all((a is b) == (dtype == torch.float32 and not offload) for a, b in zip(weights, ours.masters))
         for step in range(3):
             torch.manual_seed(10 * first + step)
-            for weight in theirs:
-                weight.grad = (torch.randn_like(weight) * 1e-2).to(dtype).float()
-            sum((weight * their.grad.to(dtype)).sum() for weight, their in zip(weights, theirs)).backward()
+            for weight, their in zip(weights, theirs):
+                gradient = torch.randn_like(weight) * 1e-2
+                (weight * gradient).sum().backward()
+                their.grad = gradient.float()
             norm = torch.nn.utils.clip_grad_norm_(theirs, 4.0)
             assert norm > 4 and ours.step() == pytest.approx(norm.item(), rel=1e-5)
             adamw.step()
@@ -1886,36 +1840,36 @@ def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_moves_nothing(road, road_reference, road_batch, dtype, bad):
+def test_what_is_not_finite_moves_nothing(road, road_examples, dtype, bad):
     """In a gradient, or in the update's loss."""
-    model, reference = copy.deepcopy(road[0]).to(dtype), copy.deepcopy(road_reference).to(dtype)
-    optimizer, advantages, weights = sophia_min.MasterAdamW(model, 1e-2), advantages_of(road_batch), [
-        *model.parameters()]
+    model = copy.deepcopy(road[0]).to(dtype)
+    optimizer, weights = sophia_min.MasterAdamW(model, 1e-2), list(model.parameters())
     sum(weight.sum() for weight in weights).backward()
     optimizer.step()  # so that there are moments to spoil
-    before = [weight.detach().clone() for weight in [*weights, *optimizer.masters]]
+    batch = sophia_min.rollout(model, road[1], road_examples["mixed"], G, road_config())
+    before, advantages = [weight.detach().clone() for weight in [*weights, *optimizer.masters]], advantages_of(batch)
     (sum(weight.sum() for weight in weights) + weights[7].flatten()[3] * bad).backward()
     with pytest.raises(FloatingPointError, match="gradient norm is "):
         optimizer.step()
     advantages[2] = bad
     with pytest.raises(FloatingPointError, match="loss is "):
-        sophia_min.update(model, reference, optimizer, road_batch, advantages, road_config())
+        sophia_min.update(model, copy.deepcopy(model), optimizer, batch, advantages, road_config())
     assert all(torch.equal(a, b) for a, b in zip(before, [*weights, *optimizer.masters]))
 
 
-def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_reference, road_batch):
+def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_examples):
     """In train mode, as after a trainer's step, and with gradients: there every transformers drops it."""
     model = copy.deepcopy(road[0]).train()
     model.gradient_checkpointing_enable()
     with pytest.raises(RuntimeError, match="dropped its cache: switch gradient checkpointing off"):
-        sophia_min.update(model, road_reference, None, road_batch, advantages_of(road_batch), road_config())
+        sophia_min.PrefixCache(model, [[road[1].question(road_examples["text"][0])]])
 
 
 # the self-test
 
-def without(name):
-    """generate without an input."""
-    return lambda plain, **inputs: plain(**{key: value for key, value in inputs.items() if key != name})
+def changed(**more):
+    """The same with other arguments."""
+    return lambda plain, *args, **given: plain(**dict(zip(inspect.signature(plain).parameters, args)) | given | more)
 
 
 def flat(plain, ids, attention_mask, **kwargs):
@@ -1927,13 +1881,7 @@ def flat(plain, ids, attention_mask, **kwargs):
 def stale(plain, **inputs):
     """HF counts on from the state of an earlier batch with pictures, instead of from our positions."""
     plain.__self__.model.rope_deltas = torch.full((len(inputs["input_ids"]), 1), -2)
-    return without("position_ids")(plain, **inputs)
-
-
-def no_delta(plain, model, prefix, *rest):
-    """Responses continue at the number of prompt tokens, as after a text without a picture."""
-    prefix.next_position = prefix.mask.sum(-1)
-    return plain(model, prefix, *rest)
+    return plain(**inputs | {"position_ids": None})
 
 
 def see_padding(plain, *args):
@@ -1941,37 +1889,26 @@ def see_padding(plain, *args):
     return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
 
 
-def filtered(**changed):
-    """GenerationConfig with other filters than token_logps knows."""
-    return lambda plain, **settings: plain(**settings | changed)
-
-
-def other(**changed):
-    """token_logps with other settings than generate's."""
-    names = ("logits", "ids", "temperature", "forbidden", "no_end", "eos_ids")
-    return lambda plain, *args: plain(**dict(zip(names, args)) | changed)
-
-
 FAULTS = {  # the function that goes wrong, in which call (None: each), and how
     "flat positions in rollout": ("get_rope_index", 0, flat), "flat positions in update": ("get_rope_index", 1, flat),
-    "stale rope deltas": ("generate", 0, stale), "positions without delta": ("target_logits", 0, no_delta),
-    **{f"{name} in generate": ("GenerationConfig", 0, filtered(**{name: value})) for name, value in dict(
+    "stale rope deltas": ("generate", 0, stale), "positions without delta": ("get_rope_index", 1, lambda plain, *ids,
+        **more: (plain(*ids, **more)[0], torch.zeros(len(ids[0]), 1, dtype=torch.long))),  # as after a text
+    **{f"{name} in generate": ("GenerationConfig", 0, changed(**{name: value})) for name, value in dict(
         repetition_penalty=1.3, top_k=50, top_p=0.8, min_p=0.1, temperature=0.5, suppress_tokens=None,
         min_new_tokens=None).items()},
-    "vision ids open in update": ("token_logps", None, other(forbidden=torch.tensor([], dtype=torch.long))),
-    "temperature missing in update": ("token_logps", None, other(temperature=1.0)),
-    "not a number in update": ("token_logps", None, other(temperature=math.nan)),
-    "ends open in update": ("token_logps", None, other(no_end=0)),
+    **{f"other {name} in update": ("token_logps", None, changed(**{name: value})) for name, value in dict(
+        forbidden=torch.tensor([], dtype=torch.long), temperature=1.0, no_end=0).items()},
+    "not a number in update": ("token_logps", None, changed(temperature=math.nan)),
     "dropped cache in update": ("inputs", 1, lambda plain, self, rows, ids, mask: {
         **plain(self, rows, ids, mask), sophia_min.CACHE: None, "attention_mask": mask}),
-    "dropped cache in generate": ("generate", 0, without(sophia_min.CACHE)),
+    "dropped cache in generate": ("generate", 0, changed(**{sophia_min.CACHE: None})),
     "padding visible in rollout": ("inputs", 0, see_padding), "padding visible in update": ("inputs", 1, see_padding),
     "wrong owner": ("target_logits", 0, lambda plain, model, prefix, rows, *rest: plain(
         model, prefix, rows.roll(1), *rest))}
 
 
 @pytest.mark.parametrize("fault, dtype", [*((fault, torch.float32) for fault in FAULTS), (
-    "temperature missing in update", torch.bfloat16)])
+    "other temperature in update", torch.bfloat16)])
 def test_self_test_stops_at(road, road_examples, monkeypatch, fault, dtype):
     """Each fault of the field notes, one at a time, and at nothing else."""
     model, (name, call, change), calls = copy.deepcopy(road[0]).to(dtype), FAULTS[fault], itertools.count()
@@ -2004,9 +1941,9 @@ def test_a_verdict_counts_only_when_it_is_whole_and_one_number(judge_of, road_ex
 
     judge.model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     monkeypatch.setattr(sophia_min, "generate", generate)
-    passes = Passes(judge.model)
+    passes = counted(judge.model)
     scores = judge.score([road_examples["pictures"][0]], [["x"] * len(verdicts)])[0].tolist()
-    assert passes.stop() == (1, 1)
+    assert passes == Counter(pictures=1, prompts=1)
     assert [None if math.isnan(score) else pytest.approx(score) for score in scores] == list(verdicts.values())
 
 
@@ -2015,7 +1952,7 @@ def test_a_verdict_counts_only_when_it_is_whole_and_one_number(judge_of, road_ex
 @torch.no_grad()
 def test_expected_score_is_the_mean_under_the_models_own_probabilities(judge_of, road_examples, which, kind, template):
     """Against full sequences: prompt, response and each spelling of a score to its end, one by one."""
-    judge, examples, responses = judge_of("expected", template, which), road_examples[kind][:2], ["a", "so it is D.", ""]
+    judge, examples, responses = judge_of("expected", template, which), road_examples[kind][:2], ["a", "so it is D", ""]
     rounded = judge.score(examples, [responses] * 2).flatten().tolist()
     spelled = {text: float(text) for text in ["0", "1"] + [f"{tenth / 10:.1f}" for tenth in range(11)]}
     if template:  # as others may write it
@@ -2052,7 +1989,7 @@ def test_evaluate_counts_by_question(road_examples, monkeypatch):
         by_type[example.problem_type].append(i % 2)
     assert result == dict(n=7, accuracy=3 / 7, format_rate=6 / 7, soundness=2 / 3, by_type={
         kind: {"accuracy": statistics.fmean(hits), "n": len(hits)} for kind, hits in by_type.items()})
-    pairs = list(sophia_min.responses(None, None, examples, 2, 4, config, ""))  # of the judge's training: two a question
+    pairs = list(sophia_min.responses(None, None, examples, 2, 4, config, ""))  # for the judge's training
     assert pairs == [(example, texts[example.id]) for example in examples for _ in range(2)]
     assert asked == [(3, 1, True), (3, 1, True), (1, 1, True), (4, 2, False), (3, 2, False)]
 
@@ -2081,16 +2018,17 @@ def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, ro
     line, record = sophia_min.train_step(*step)
     (batch, found), rows = seen[0], [row for group in record for row in group["responses"]]
     assert [row["reward"] for row in rows] == pytest.approx(sum(rewards, []))
-    assert [row["advantage"] for row in rows] == found.tolist() == pytest.approx(sum(advantages, []), rel=1e-6, abs=1e-6)
+    assert [row["advantage"] for row in rows] == found.tolist() == pytest.approx(sum(advantages, []), abs=1e-6)
     assert [row["outcome"] for row in rows] == sum(outcome, []) and rows[4]["thinking"] is None
     assert [(row["response"], row["tokens"]) for row in rows] == list(zip(texts, batch.mask.sum(1).tolist()))
     assert [(group["id"], group["gamma"]) for group in record] == [
         (example.id, gamma and pytest.approx(gamma)) for example, gamma in zip(examples, gammas)]
     judged = [gamma for gamma in gammas if gamma]
     expected = dict(
-        gamma=statistics.fmean(judged) if judge else None, thinking=3.8 / 8 if judge else None, unscored=int(bool(judge)),
-        mistrusted=sum(gamma < 1 for gamma in judged), zero_groups=advantages.count([0] * 3), outcome=2 / 9,
-        accuracy=2 / 9, format_rate=8 / 9, truncated=batch.truncated, anneal=math.exp(-0.4) if config.anneal else 1,
+        gamma=statistics.fmean(judged) if judge else None, thinking=3.8 / 8 if judge else None,
+        unscored=int(bool(judge)), mistrusted=sum(gamma < 1 for gamma in judged),
+        zero_groups=advantages.count([0] * 3), outcome=2 / 9, accuracy=2 / 9, format_rate=8 / 9,
+        truncated=batch.truncated, anneal=math.exp(-0.4) if config.anneal else 1,
         prompt_tokens=statistics.fmean(len(road[1].question(example).ids) for example in examples))
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     assert json.loads(json.dumps([line, record], allow_nan=False)) == [line, record]
@@ -2098,11 +2036,6 @@ def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, ro
     if judge and config.trust == "off":
         with pytest.raises(FloatingPointError, match="a reward is not finite"):
             sophia_min.train_step(*step)
-
-
-def test_an_untrained_judge_of_a_real_model_is_that_model():
-    assert sophia_min.configure(["--model", "m", "--data", "d", "--reward_model", "base"]).reward_model == "m"
-    assert sophia_min.configure(["--reward_model", "base"]).reward_model == "base"
 
 
 def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
@@ -2652,7 +2585,7 @@ for weight in reference.parameters():
     weight.mul_(1.02)
 examples, own = data.toy_examples(4, 0), list(range(4))[rank::world]
 examples[1::2] = [dataclasses.replace(example, image=None) for example in examples[1::2]]  # no picture on rank 1
-ids = [processor.encode("red " * (3 + 5 * q + 4 * i)) + [processor.tokenizer.eos_token_id] for q in own for i in range(3)]
+ids = [processor.encode("red " * n) + [processor.tokenizer.eos_token_id] for q in own for n in (3, 7 + q, 9 + 4 * q)]
 batch = sophia_min.Rollout([examples[q] for q in own], [processor.question(examples[q]) for q in own],
                            *sophia_min.pad(ids, "right"), [], 0)
 advantages = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
@@ -2728,9 +2661,8 @@ def processes(tmp_path):
                                        "PYTHONPATH": str(Path(sophia_min.__file__).parent)})
         try:
             out, error = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
+        finally:
             process.terminate()  # torchrun ends those that it started
-            out, error = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, out, error)
     return run
 
@@ -3113,53 +3045,42 @@ STUDY = Path("runs", "study")  # what is there already isn't done again
 
 
 def study_arm(folder, seed, flags):
-    """Train, or go on, then evaluate on kinds of questions that training never asks: commands as a user gives them."""
+    """Train, then evaluate on kinds of questions that training never asks: commands as a user gives them."""
     run, shifted = folder / "run", folder / "shifted"
-    begun = (run / "checkpoint" / "state.pt").exists()
-    if not begun:
-        shutil.rmtree(run, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    train = ["--resume", run] if begun else ["--seed", seed, *flags.split(), "--out", run]
-    look = ["--model", run / "model", "--data", "toy-shifted", "--eval_only", "--toy_pixels", 56, "--max_new_tokens", 80,
-            "--seed", seed, "--out", shifted]
-    for command, done in ((train, run / "report.html"), (look, shifted / "eval.json")):
-        if not done.exists():
+    train = [*flags.split(), "--out", run]
+    look = ["--model", run / "model", "--data", "toy-shifted", "--eval_only", "--toy_pixels", 56,
+            "--max_new_tokens", 80, "--out", shifted]
+    for flags, out, last in ((train, run, "report.html"), (look, shifted, "eval.json")):
+        if not (out / last).exists():
+            shutil.rmtree(out, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, sophia_min.__file__, "--seed", seed, *flags]
             with open(folder / "output.txt", "a") as output:
-                subprocess.run([sys.executable, sophia_min.__file__, *map(str, command)], stdout=output, check=True,
-                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                subprocess.run(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, check=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+MEASURED = "right", "sound", "shifted: right", "shifted: sound", "gamma"
 
 
 def study_numbers(folder):
-    """What an arm came to, on new scenes and on shifted questions, and what trust did on the way there."""
-    log, result = data.read_lines(folder / "run" / "log.jsonl"), {}
-    for kind, part, when in (("", "run", "after"), ("shifted ", "shifted", "before")):
-        found = json.loads((folder / part / "eval.json").read_text())[when]
-        result |= {kind + name: found[name] for name in ("accuracy", "soundness")}
-    gammas = [line["gamma"] for line in log if line["gamma"] is not None]
-    return result | {"gamma": statistics.fmean(gammas) if gammas else None,
-                     "mistrusted groups": sum(line["mistrusted"] for line in log)}
-
-
-def with_interval(values):
-    """The mean over seeds, with its 95% interval (Student's t), as text."""
-    if None in values:
-        return "-"
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}[len(values)]
-    return f"{statistics.fmean(values):.3f} +-{t * statistics.stdev(values) / len(values) ** 0.5:6.3f}"
+    """What an arm came to, on new scenes and on shifted questions, and the mean gamma on the way there."""
+    after, shifted = (json.loads((folder / part / "eval.json").read_text())[when]
+                      for part, when in (("run", "after"), ("shifted", "before")))
+    gammas = [line["gamma"] for line in data.read_lines(folder / "run" / "log.jsonl") if line["gamma"] is not None]
+    return [*(found[name] for found in (after, shifted) for name in ("accuracy", "soundness")),
+            statistics.fmean(gammas) if gammas else NAN]
 
 
 def study_report(runs):
-    """Tables from runs[arm] = the study_numbers of each seed: results, `full` against each arm in pairs by seed, and
-    what happened on the way."""
-    names = list(runs["full"][0])
-    values = {arm: {name: [run[name] for run in of_seeds] for name in names} for arm, of_seeds in runs.items()}
-    paired = {f"full minus {arm}": {name: [a - b for a, b in zip(values["full"][name], numbers[name])]
-                                    for name in names[:4]} for arm, numbers in values.items() if arm != "full"}
-    lines = []
-    for columns, table in ((names[:4], values | paired), (names[4:], values)):
-        lines.append(" " * 43 + "".join(f"{name:>19}" for name in columns))
-        lines += [f"{label:<43}" + "".join(f"{with_interval(numbers[name]):>19}" for name in columns)
-                  for label, numbers in table.items()]
+    """A table from runs[arm] = the study_numbers of each seed: the means with their 95% intervals (Student's t), then
+    `full` against each arm in pairs by seed."""
+    arms = {arm: np.array(numbers) for arm, numbers in runs.items()}
+    arms |= {f"full minus {arm}": arms["full"] - numbers for arm, numbers in arms.items() if arm != "full"}
+    lines = [" " * 34 + "".join(f"{name:>17}" for name in MEASURED)]
+    for label, numbers in arms.items():
+        half = {3: 4.303, 5: 2.776}[len(numbers)] * numbers.std(0, ddof=1) / len(numbers) ** 0.5
+        lines.append(f"{label:<34}" + "".join(f"{mean:>9.3f} +-{by:.3f}" for mean, by in zip(numbers.mean(0), half)))
     return "\n".join(lines)
 
 
@@ -3175,32 +3096,20 @@ def test_the_arms_of_table_3():
             for n, _ in enumerate(pool.map(lambda job: study_arm(*job), jobs), 1):
                 print(f"{n} of {len(jobs)} runs", flush=True)
     runs = {arm: [study_numbers(folders[arm, seed]) for seed in seeds] for arm in ARMS}
-    data.write_json(STUDY / "study.json", runs)
-    print(f"\n{study_report(runs)}\n{STUDY / 'study.json'} has the numbers of each seed")
+    print(f"\n{study_report(runs)}")
 
 
-def test_the_studys_arithmetic(tmp_path):
-    runs = {"full": [], "GRPO": []}
-    for (n, arm), seed in itertools.product(enumerate(runs), range(3)):
-        result = {"accuracy": (seed + 2 * n) / 8, "soundness": n / 2}
-        data.write_json(tmp_path / "run" / "eval.json", {"after": result})
-        data.write_json(tmp_path / "shifted" / "eval.json", {"before": result})
-        reward_model.write_rows(tmp_path / "run" / "log.jsonl", [
-            {"gamma": None if n else gamma, "mistrusted": int(gamma < 1)} for gamma in (0.8, 0.9, 1)])
-        runs[arm].append(study_numbers(tmp_path))
-    assert runs["full"][1] == pytest.approx({"accuracy": 1 / 8, "soundness": 0, "shifted accuracy": 1 / 8,
-                                             "shifted soundness": 0, "gamma": 0.9, "mistrusted groups": 2})
+def test_the_studys_arithmetic():
+    runs = {arm: [[(seed + 2 * n) / 8, n / 2, 0, 0, NAN if n else 0.9] for seed in range(3)]
+            for n, arm in enumerate(("full", "GRPO"))}
     shown = study_report(runs).splitlines()
-    assert shown[1].split() == "full 0.125 +- 0.311 0.000 +- 0.000 0.125 +- 0.311 0.000 +- 0.000".split()  # 4.303 / 8 / sqrt(3)
-    assert shown[3].split()[3:9] == ["-0.250", "+-", "0.000", "-0.500", "+-", "0.000"]  # in pairs: all the same
-    assert shown[-1].split()[:2] == ["GRPO", "-"] and max(map(len, shown)) <= 120
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_of_the_study_changes_what_it_names(arm):
-    changed = {"GRPO": {"reward_model": "none"}, "untrained judge": {"reward_model": "base"}, "full": {},
-               "no trust": {"trust": "off"}, "no trust, no annealing": {"trust": "off", "anneal": False}}[arm]
-    assert sophia_min.configure(ARMS[arm].split()) == dataclasses.replace(sophia_min.configure([]), **changed)
+    assert shown[1].split()[:5] == ["full", "0.125", "+-0.311", "0.000", "+-0.000"]  # 4.303 / 8 / sqrt(3)
+    assert shown[3].split()[3:7] == ["-0.250", "+-0.000", "-0.500", "+-0.000"]  # in pairs: all the same
+    assert shown[2].split()[-2:] == ["nan", "+-nan"] and max(map(len, shown)) <= 120
+    for flags in ARMS.values():
+        sophia_min.configure(flags.split())
+    assert sophia_min.configure(["--model", "m", "--data", "d", "--reward_model", "base"]).reward_model == "m"
+    assert sophia_min.configure(["--reward_model", "base"]).reward_model == "base"
 
 
 def test_shifted_questions_are_of_kinds_that_training_never_asks():
@@ -3214,26 +3123,27 @@ def test_shifted_questions_are_of_kinds_that_training_never_asks():
 
 # side of the picture in pixels, forced response tokens, steps, goals: TRL's seconds and memory over ours
 BENCH = {"prompt-heavy": (840, 64, 3, 6.0, 3.0), "response-heavy": (112, 256, 4, 1.15, 1.0)}
+MILLIONS = (dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8),
+            dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=256))  # 4.6
 
 
-def bench_model(folder):
-    """A Qwen2.5-VL of 4.6 million parameters with the toy's tokenizer, saved in `folder`."""
-    model, processor = shaped_model(
-        dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8),
-        dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=256))
-    data.save_folder(folder, model, processor)
-    return processor
+def one_question(folder, shape, side, tokens, dtype=torch.float32, device="cpu"):
+    """What `train_step` wants for eight responses of one length to a picture of noise: policy, reference, Processor,
+    Example, Config."""
+    policy, processor = shaped_model(*shape, dtype, device)
+    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "x.png")
+    example = data.Example("x", "How many?", "numerical", (), "2", str(folder / "x.png"), "bench")
+    config = dataclasses.replace(road_config(), group_size=8, questions_per_step=1, micro_batch=8, lr=1e-6,
+                                 kl_coef=0.04, max_new_tokens=tokens, min_new_tokens=tokens, device=device)
+    return policy, copy.deepcopy(policy).requires_grad_(False), processor, example, config
 
 
-def trl_trainer(folder, processor, example, tokens, steps, between):
-    """TRL's GRPOTrainer on one question, its prompt tokens ours; between(seconds) is called after each of its steps."""
+def trl_trainer(policy, processor, prompt, tokens, folder):
+    """TRL's GRPOTrainer of a copy of the policy on one question, with our tokens of its prompt."""
     import datasets
     import trl
-    from transformers import BatchFeature, ProcessorMixin, TrainerCallback
-
-    prompt = processor.question(example)
-    ids = prompt.ids
-    is_image = (torch.tensor([ids]) == processor.image_token).int()
+    from transformers import BatchFeature, ProcessorMixin
 
     class Ready(ProcessorMixin):  # hands out the prompt that is made already: no time of TRL's goes into pictures
         def __init__(self):
@@ -3241,51 +3151,42 @@ def trl_trainer(folder, processor, example, tokens, steps, between):
             self.chat_template = processor.tokenizer.chat_template
 
         def __call__(self, text=None, **_):
-            n = len(text)
+            ids = torch.tensor([prompt.ids] * len(text))
             return BatchFeature({
-                "input_ids": torch.tensor([ids] * n), "attention_mask": torch.ones(n, len(ids)).long(),
-                "mm_token_type_ids": is_image.repeat(n, 1), "pixel_values": prompt.pixel_values.repeat(n, 1),
-                "image_grid_thw": prompt.grid.repeat(n, 1)})
+                "input_ids": ids, "attention_mask": torch.ones_like(ids),
+                "mm_token_type_ids": (ids == processor.image_token).int(),
+                "pixel_values": prompt.pixel_values.repeat(len(text), 1),
+                "image_grid_thw": prompt.grid.repeat(len(text), 1)})
 
         def apply_chat_template(self, conversation, tokenize=False, **_):
-            if not tokenize:
-                return "prompt"
-            batch = self(conversation)
-            of_tokens = ("input_ids", "attention_mask", "mm_token_type_ids")
-            return {name: value.tolist() if name in of_tokens else value for name, value in batch.items()}
+            return {name: value if name in ("pixel_values", "image_grid_thw") else value.tolist()
+                    for name, value in self(conversation).items()} if tokenize else "prompt"
 
         def save_pretrained(self, *_, **__):
             pass
 
-    class Alternate(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            between(time.perf_counter() - self.start)
-
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    rows = [{"prompt": [{"role": "user", "content": "x"}], "image": Image.new("RGB", (28, 28))}] * 64
+    policy.save_pretrained(folder)
+    model = type(policy).from_pretrained(folder, dtype=torch.float32)
+    rows = [{"prompt": [{"role": "user", "content": "x"}], "image": Image.new("RGB", (28, 28))}] * 8
     arguments = trl.GRPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=8,
+        output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=8,
         gradient_accumulation_steps=1, gradient_checkpointing=False, max_completion_length=tokens, beta=0.04,
         loss_type="grpo", use_bias_correction_kl=False, temperature=1.0, top_p=1.0, top_k=0, learning_rate=1e-6,
-        max_grad_norm=4.0, max_steps=steps, report_to="none", save_strategy="no", logging_steps=1000, disable_tqdm=True,
-        model_init_kwargs=None, generation_kwargs={
-            "min_new_tokens": tokens, "suppress_tokens": sophia_min.vision_ids(model).tolist()})
-
-    def rewards(completions, **_):
-        return [n % 3 / 2 for n in range(len(completions))]
-
-    return trl.GRPOTrainer(model=model, reward_funcs=rewards, args=arguments, callbacks=[Alternate()],
-                           train_dataset=datasets.Dataset.from_list(rows), processing_class=Ready())
+        report_to="none", model_init_kwargs=None, generation_kwargs={
+            "min_new_tokens": tokens, "suppress_tokens": sophia_min.vision_ids(policy).tolist()})
+    trainer = trl.GRPOTrainer(model=model, args=arguments, processing_class=Ready(),
+                              train_dataset=datasets.Dataset.from_list(rows),
+                              reward_funcs=lambda completions, **_: [n % 3 / 2 for n in range(len(completions))])
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.create_optimizer()
+    return trainer
 
 
 def peak_memory(step):
     """GB that a step needs at its peak above what is held before it (Linux)."""
     def resident(name):
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines()
-                    if line.startswith(name)) / 2 ** 20
+        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status[name].split()[0]) / 2 ** 20
 
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -3300,61 +3201,48 @@ def peak_memory(step):
 def test_faster_than_trl(tmp_path, shape, monkeypatch):
     """Seconds a step and peak memory against TRL's GRPOTrainer, steps in turn: same weights, prompt tokens and number
     of response tokens, eight responses, KL 0.04, one thread. First, on the same responses, the same gradients."""
-    side, tokens, steps, faster, smaller = BENCH[shape]
-    processor = bench_model(tmp_path / "model")
-    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "x.png")
-    example = data.Example("x", "How many?", "numerical", (), "2", str(tmp_path / "x.png"), "bench")
-    config = dataclasses.replace(road_config(), group_size=8, questions_per_step=1, micro_batch=8, lr=1e-6,
-                                 kl_coef=0.04, max_new_tokens=tokens, min_new_tokens=tokens, reward_model="none")
-    policy = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    reference, optimizer = copy.deepcopy(policy).requires_grad_(False), sophia_min.MasterAdamW(policy, config.lr)
-    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    seconds = {"ours": [], "TRL": []}
-
-    def ours():
-        start = time.perf_counter()
-        line, _ = sophia_min.train_step(1, policy, reference, None, optimizer, processor, [example], config)
-        seconds["ours"].append(time.perf_counter() - start)
-        assert line["length"] == tokens and not line["zero_groups"]
-
-    def between(trl_seconds):
-        seconds["TRL"].append(trl_seconds)
-        ours()
-
-    trainer = trl_trainer(tmp_path / "model", processor, example, tokens, steps, between)
-    trainable = [{name: weight.shape for name, weight in model.named_parameters() if weight.requires_grad}
-                 for model in (policy, trainer.model)]
-    assert trainable[0] == trainable[1]
+    side, tokens, times, faster, smaller = BENCH[shape]
+    policy, reference, processor, example, config = one_question(tmp_path, MILLIONS, side, tokens)
+    prompt = processor.question(example)
+    trainer = trl_trainer(policy, processor, prompt, tokens, tmp_path / "trl")
+    rows = [trainer.train_dataset[0]] * 8
 
     # the same gradients on the responses that TRL has sampled
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = trainer._prepare_inputs([trainer.train_dataset[0]] * 8)
+    inputs, kept = trainer._prepare_inputs(rows), GradientsOnly(policy)
     trainer._compute_loss(trainer.model, inputs).backward()
-    theirs = {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.grad is not None}
+    theirs = {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     trainer.model.zero_grad()
     trainer._step = 0
-    prompts = [processor.question(example)]
-    assert inputs["prompt_ids"][0].tolist() == prompts[0].ids
-    assert inputs["completion_ids"].shape == (8, tokens)
-    batch = sophia_min.Rollout([example], prompts, inputs["completion_ids"], inputs["completion_mask"], [""] * 8, 0)
-    kept = GradientsOnly(policy)
-    free = dataclasses.replace(config, min_new_tokens=0)
+    assert inputs["prompt_ids"][0].tolist() == prompt.ids and inputs["completion_ids"].shape == (8, tokens)
+    batch = sophia_min.Rollout([example], [prompt], inputs["completion_ids"], inputs["completion_mask"], [""] * 8, 0)
     with monkeypatch.context() as patch:  # TRL masks no ids in its log-probabilities
         patch.setattr(sophia_min, "vision_ids", lambda model: torch.tensor([], dtype=torch.long))
-        sophia_min.update(policy, reference, kept, batch, inputs["advantages"], free)
+        sophia_min.update(policy, reference, kept, batch, inputs["advantages"],
+                          dataclasses.replace(config, min_new_tokens=0))
     gap = relative_error(kept.kept[0], theirs)
-    print(f"\n{shape}: {len(prompts[0].ids)} prompt and 8 x {tokens} response tokens; same gradients to {gap:.1g}")
+    print(f"\n{shape}: {len(prompt.ids)} prompt and 8 x {tokens} response tokens; same gradients to {gap:.1g}")
     assert gap < 1e-5
 
-    memory = {}
-    rows = [trainer.train_dataset[0]] * 8
-    for name, step in (("ours", ours), ("TRL", lambda: trainer.training_step(trainer.model, rows, None))):
-        memory[name] = peak_memory(step)
-    seconds["ours"].clear()
-    trainer.train()
-    median = {name: sorted(values[1:])[len(values[1:]) // 2] for name, values in seconds.items()}
+    optimizer, seconds = sophia_min.MasterAdamW(policy, config.lr), {"TRL": [], "ours": []}
+    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
+
+    def ours():
+        line, _ = sophia_min.train_step(1, policy, reference, None, optimizer, processor, [example], config)
+        assert line["length"] == tokens and not line["zero_groups"]
+
+    def trls():
+        trainer.training_step(trainer.model, rows, None)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    memory = {name: peak_memory(step) for name, step in (("TRL", trls), ("ours", ours))}
+    for _ in range(times):
+        for name, step in (("TRL", trls), ("ours", ours)):
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
     for name in ("TRL", "ours"):
         print(f"  {name:<5} {median[name]:6.2f} s a step, {memory[name]:5.2f} GB above the start of the step")
     faster_by, smaller_by = (found["TRL"] / found["ours"] for found in (median, memory))
@@ -3362,77 +3250,26 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
     assert faster_by > faster and smaller_by > smaller
 
 
-@pytest.mark.bench
-def test_how_the_cost_of_a_step_grows(tmp_path, monkeypatch):
-    """Seconds of rollout and update when one thing doubles: the prompt is shared, so its cost doesn't grow with G."""
-    processor = bench_model(tmp_path / "model")
-    policy = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    reference, optimizer = copy.deepcopy(policy).requires_grad_(False), sophia_min.MasterAdamW(policy, 1e-6)
+@pytest.mark.parametrize("shape, device, side, tokens", [
+    pytest.param(QWEN_3B, "cuda", 896, 512, id="the_shape_of_3b", marks=[pytest.mark.gpu, pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device")]),
+    pytest.param((dict(num_hidden_layers=2), dict(depth=1, fullatt_block_indexes=[0])), "cpu", 112, 12, id="small")])
+def test_two_steps_on_one_device(tmp_path, monkeypatch, shape, device, side, tokens):
+    """What only a GPU can show, python -m pytest -q -m gpu -s: two steps in bf16, eight responses, with a reference and
+    a judge of the same shape. In a small shape it runs on a CPU."""
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    threads, base = torch.get_num_threads(), dict(prompt=484, response=64, responses=8, questions=1)
-    torch.set_num_threads(1)
-
-    def measured(prompt, response, responses, questions):
-        side, path = round(math.sqrt(prompt)) * 28, tmp_path / f"{prompt}.png"
-        noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(path)
-        config = dataclasses.replace(road_config(), group_size=responses, questions_per_step=questions, micro_batch=16,
-                                     max_new_tokens=response, min_new_tokens=response, reward_model="none")
-        examples = [data.Example(str(n), "How many?", "numerical", (), "2", str(path), "b") for n in range(questions)]
-        lines = [sophia_min.train_step(1, policy, reference, None, optimizer, processor, examples, config)[0]
-                 for _ in range(4)][1:]
-        return {name: statistics.median(line[name] for line in lines)
-                for name in ("prompt_tokens", "sec_rollout", "sec_update", "tokens_per_sec")}
-
-    print(f"\n{'':<28}{'prompt':>8}{'rollout':>9}{'update':>9}{'tokens/s':>10}")
-    found = {}
-    for name, more in {"base: 8 responses of 64": {}, "twice the prompt": {"prompt": 961},
-                       "twice the response": {"response": 128}, "twice the responses": {"responses": 16},
-                       "twice the questions": {"questions": 2}}.items():
-        found[name] = line = measured(**{**base, **more})
-        print(f"{name:<28}{line['prompt_tokens']:>8.0f}{line['sec_rollout']:>8.2f}s{line['sec_update']:>8.2f}s"
-              f"{line['tokens_per_sec']:>10.0f}")
-    torch.set_num_threads(threads)
-    seconds = {name: line["sec_rollout"] + line["sec_update"] for name, line in found.items()}
-    assert seconds["twice the responses"] < 1.9 * seconds["base: 8 responses of 64"]
-
-
-# what only a GPU can show: python -m pytest -q -m gpu -s
-
-
-def two_steps(shape, device, dtype, side, tokens, folder):
-    """Log lines of two full GRPO steps, eight responses, with a reference and a judge of the same shape."""
-    policy, processor = shaped_model(*shape, dtype=dtype, device=device)
-    reference, judge = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    judge = reward_model.ThinkingRewardModel(judge, processor)
-    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "x.png")
-    example = data.Example("x", "How many?", "numerical", (), "2", str(folder / "x.png"), "gpu")
-    config = dataclasses.replace(road_config(), group_size=8, questions_per_step=1, micro_batch=4, lr=5e-7,
-                                 kl_coef=0.04, max_new_tokens=tokens, min_new_tokens=tokens, device=device)
+    policy, reference, processor, example, config = one_question(tmp_path, shape, side, tokens, torch.bfloat16, device)
+    judge = sophia_min.ThinkingRewardModel(copy.deepcopy(reference), processor)
     optimizer = sophia_min.MasterAdamW(policy, config.lr, offload=device == "cuda")
     print(f"\nself-test: {sophia_min.self_test(policy, processor, [example], config):.2g} nats a token")
-    return [sophia_min.train_step(step, policy, reference, judge, optimizer, processor, [example], config)[0]
-            for step in (1, 2)]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_two_steps_in_the_shape_of_3b_on_one_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    lines = two_steps(QWEN_3B, "cuda", torch.bfloat16, 896, 512, tmp_path)
-    print(torch.cuda.get_device_name(), "\n".join(json.dumps(
-        {name: line[name] for name in line if "sec" in name or name == "prompt_tokens"}) for line in lines), sep="\n")
-    print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the card")
-    assert all(line["length"] == 512 and line["prompt_tokens"] > 1000 for line in lines)
-    assert torch.cuda.max_memory_allocated() < 80e9
-
-
-def test_the_gpu_test_runs_in_a_small_shape(tmp_path, monkeypatch):
-    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    small = (dict(num_hidden_layers=2), dict(depth=1, fullatt_block_indexes=[0]))
-    lines = two_steps(small, "cpu", torch.bfloat16, 112, 12, tmp_path)
-    assert all(line["length"] == 12 and line["grad_norm"] > 0 for line in lines)
+    for step in (1, 2):
+        line, _ = sophia_min.train_step(step, policy, reference, judge, optimizer, processor, [example], config)
+        print({name: line[name] for name in line if "sec" in name or name == "prompt_tokens"})
+        assert line["length"] == tokens and line["grad_norm"] > 0 and line["prompt_tokens"] > (side / 28) ** 2
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        print(f"{torch.cuda.get_device_name()}: peak {peak:.1f} GB on the card")
+        assert peak < 80
 
 
 # ---------------------------------------------------------------- the instrument: five kinds of response
@@ -3536,41 +3373,37 @@ def test_the_advantage_of_a_right_answer_in_closed_form(alpha, trust):
 # EXERCISE=mine.py python -m pytest -q -k exercise_04     checks your own; without EXERCISE, that a blank fails and the
 # solution passes. The solutions stand at the very end of this file.
 
-BLANK = "def __getattr__(name):\n    return lambda *args, **more: None\n"
+
+class Blank:
+    def __getattr__(self, name):
+        return lambda *args, **more: None
 
 
 def check_exercise_01(mine):
     """trust_weight(outcome, thinking): gamma of Eq. 1-3. Right means R^o >= 0.5; mu_c and mu_w are the mean thinking
     rewards of right and wrong answers; gamma is exp(mu_c - mu_w) where mu_c < mu_w, else 1."""
-    for seed in range(50):
-        rng = random.Random(seed)
+    rng = random.Random(0)
+    for _ in range(50):
         outcome, thinking = [rng.choice((0, 0.4, 0.5, 1)) for _ in range(6)], [rng.random() for _ in range(6)]
-        gamma = gamma_from_paper(outcome, thinking)
-        assert float(mine.trust_weight(outcome, thinking)) == pytest.approx(gamma), (outcome, thinking)
+        assert float(mine.trust_weight(outcome, thinking)) == pytest.approx(gamma_from_paper(outcome, thinking))
 
 
 def check_exercise_02(mine):
     """two_groups(): a group of 0/1 outcomes whose gamma is below 0.5 by the paper and 1 as released, and a group whose
-    gamma is below 1 as released, too."""
-    for n, (outcome, thinking) in enumerate(mine.two_groups()):
-        outcome, thinking = doubles(outcome), doubles(thinking)
-        assert ((0 <= thinking) & (thinking <= 1) & (0 <= outcome) & (outcome <= 1)).all()
-        _, released = sophia_min.trusted(outcome, thinking, "released")
-        if n == 0:
-            assert set(outcome.tolist()) <= {0, 1} and released == 1
-            assert sophia_min.trust_weight(outcome, thinking) < 0.5
-    assert n == 1 and released < 1
+    gamma is below 1 as released, too. Each is (outcome, thinking)."""
+    first, second = (tuple(map(doubles, group)) for group in mine.two_groups())
+    assert all(((0 <= values) & (values <= 1)).all() for values in (*first, *second))
+    assert set(first[0].tolist()) <= {0, 1} and sophia_min.trust_weight(*first) < 0.5
+    assert sophia_min.trusted(*first, "released")[1] == 1 > sophia_min.trusted(*second, "released")[1]
 
 
 def check_exercise_03(mine):
     """clip_holds(ratio, advantage, eps): whether Eq. 7 gives this token no gradient (without its KL term)."""
-    ratios = (0.5, 0.79, 0.95, 1.0, 1.1, 1.25, 2.0)
+    ratios, zero = (0.5, 0.79, 0.95, 1.0, 1.1, 1.25, 2.0), doubles([[0]])
     for ratio, advantage, eps in itertools.product(ratios, (-2.0, -0.1, 0.1, 2.0), (0.2, 0.1)):
-        logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-        zero = torch.zeros(1, 1, dtype=torch.float64)
+        logp = doubles([[math.log(ratio)]]).requires_grad_()
         sophia_min.grpo_loss(logp, zero, logp.detach(), doubles([advantage]), zero + 1, eps, 0.0)[0].backward()
-        assert bool(mine.clip_holds(ratio, advantage, eps)) == (logp.grad.item() == 0), (ratio, advantage)
-        assert mine.clip_holds(ratio, advantage, eps) in (True, False)
+        assert mine.clip_holds(ratio, advantage, eps) == (logp.grad.item() == 0), (ratio, advantage)
 
 
 def check_exercise_04(mine):
@@ -3644,22 +3477,17 @@ def check_exercise_11(mine):
     assert {example.problem_type for example in examples} == {"numerical"}
 
 
-def module_of(source):
-    module = types.ModuleType("mine")
-    exec(source, module.__dict__)
-    return module
-
-
 @pytest.mark.parametrize("check", [value for name, value in sorted(globals().items()) if name.startswith("check_exer")],
                          ids=lambda check: check.__name__.removeprefix("check_"))
 def test_exercise(check):
+    source, mine = SOLUTIONS, {}
     if "EXERCISE" in os.environ:
-        path = Path(os.environ["EXERCISE"])
-        check(module_of(path.read_text()) if path.exists() else pytest.fail(f"EXERCISE={path}: there is no such file"))
+        source = Path(os.environ["EXERCISE"]).read_text()
     else:
         with pytest.raises((AssertionError, TypeError, AttributeError, data.DataError)):
-            check(module_of(BLANK))
-        check(module_of(SOLUTIONS))
+            check(Blank())
+    exec(source, mine)
+    check(types.SimpleNamespace(**mine))
 
 
 # ---------------------------------------------------------------- what the toy run shows: last, since it takes minutes
