@@ -6,10 +6,12 @@ import copy
 import ctypes
 import dataclasses
 import gc
+import inspect
 import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -865,10 +867,14 @@ def gamma_from_paper(outcome, thinking):
     return 1.0 if mu_c >= mu_w else math.exp(mu_c - mu_w)  # Eq. 3
 
 
+def gate_from_released(outcome):
+    dropped = all(o >= 0.9 for o in outcome) or all(o <= 0.1 for o in outcome)  # the table at the end of paper.md
+    return [0.0 if dropped or o < 0.2 else 1.0 for o in outcome]
+
+
 def trusted_from_paper(outcome, thinking, trust):
-    if trust == "released":  # the table at the end of paper.md
-        dropped = all(o >= 0.9 for o in outcome) or all(o <= 0.1 for o in outcome)
-        thinking = [0.0 if dropped or o < 0.2 else t for o, t in zip(outcome, thinking)]
+    if trust == "released":
+        thinking = [t if counts else 0.0 for t, counts in zip(thinking, gate_from_released(outcome))]
     if any(math.isnan(t) for t in thinking):
         return [0.0] * len(thinking), 0.0  # ours
     return thinking, 1.0 if trust == "off" else gamma_from_paper(outcome, thinking)
@@ -912,6 +918,7 @@ def doubles(values):
 def test_rewards_and_advantages_agree_with_the_paper(group, step, total, alpha, trust, anneal):
     outcome, thinking = map(list, zip(*group))
     how = (step, total, alpha, trust, anneal)
+    assert sophia_min.released_gate(doubles(outcome), doubles(thinking)).tolist() == gate_from_released(outcome)
     used, gamma = sophia_min.trusted(doubles(outcome), doubles(thinking), trust)
     assert (used.tolist(), pytest.approx(gamma.item(), abs=1e-12)) == trusted_from_paper(outcome, thinking, trust)
     rewards = sophia_min.combined_reward(doubles(outcome), doubles(thinking), *how)
@@ -941,37 +948,11 @@ def test_gamma_of_the_worked_examples(outcome, thinking, gamma):
     assert found == pytest.approx(gamma, abs=1e-6, nan_ok=True) and not found > 1
 
 
-@pytest.mark.parametrize("outcome, gate", [
-    ([1, 0, .2, .19, .5], [1, 0, 1, 0, 1]), ([1, .9, .95], [0] * 3), ([1, .9, .89], [1] * 3), ([0, .1, .05], [0] * 3),
-    ([0, .1, .11], [0] * 3), ([0, .1, .2], [0, 0, 1]), ([.9, .9], [0, 0]), ([1, 0, 0, 1], [1, 0, 0, 1])])
-def test_released_gating_pins_gamma_at_one(outcome, gate):
-    """On 0/1 outcomes always: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
-    thinking = doubles([.3, .4, .9, .8, .7][:len(gate)])
-    found = sophia_min.released_gate(torch.tensor(outcome), thinking)
-    assert found.tolist() == gate and found.dtype == thinking.dtype
-    used, gamma = sophia_min.trusted(doubles(outcome), thinking.where(found == 1, NAN), "released")
-    assert used.tolist() == (thinking * found).tolist() and gamma == 1
-
-
-@pytest.mark.parametrize("trust, thinking, used, gamma", [
-    ("paper", [.5, NAN, .1], [0] * 3, 0), ("off", [.5, NAN, .1], [0] * 3, 0), ("released", [.5, .9, NAN], [0] * 3, 0),
-    ("released", [.5, NAN, .1], [.5, 0, .1], 1),  # the official code doesn't ask for the score of a wrong answer
-    ("off", [.2, .9, .4], [.2, .9, .4], 1), ("paper", [.2, .9, .4], [.2, .9, .4], math.exp(-0.6))])
-def test_trusted_drops_the_thinking_term_where_a_score_that_counts_is_missing(trust, thinking, used, gamma):
-    outcome, thinking = doubles([1, 0, .7]), doubles(thinking)
-    found = sophia_min.trusted(outcome, thinking, trust)
-    assert (found[0].tolist(), found[1].item(), found[1].shape) == (used, pytest.approx(gamma), ())
-    assert torch.equal(sophia_min.combined_reward(outcome, thinking, 1, 10, trust=trust), outcome) == (gamma == 0)
-
-
-@pytest.mark.parametrize("outcome", [0.0, 1.0])
-def test_where_all_are_right_or_all_wrong_trust_and_annealing_cancel(outcome):
-    thinking, outcome = doubles([.7, .7, .71, .7, .69, .7]), doubles([outcome] * 6)
-    plain, *others = (sophia_min.group_advantages(sophia_min.combined_reward(outcome, thinking, *how)) for how in [
-        (1, 10 ** 9, 1.0, "off", False), (1, 100, 0.3, "paper", True), (100, 100, 0.3, "paper", True),
-        (50, 100, 2.0, "off", True)])
-    assert all(torch.allclose(plain, other, atol=2e-3) for other in others)  # 2e-3: the 1e-6 beside the spread
-    assert plain.abs().max() > 1  # a judge's noise of 0.01 becomes advantages of size 1
+def test_released_gating_pins_gamma_at_one():
+    """On right-or-wrong answers: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
+    for outcome, thinking, used in [([1, 0, 0], [.3, .9, NAN], [.3, 0, 0]), ([1, 1, .9], [.3, .9, NAN], [0, 0, 0])]:
+        found, gamma = sophia_min.trusted(doubles(outcome), doubles(thinking), "released")
+        assert (found.tolist(), gamma.item(), gamma.shape) == (used, 1, ())
 
 
 def test_equal_rewards_give_exact_zeros():
@@ -1030,26 +1011,6 @@ def test_loss_gradient_is_that_of_finite_differences(seed):
         assert leaf.grad[tuple(at)].item() == pytest.approx((high - low).item() / (2 * h), abs=1e-8)
 
 
-@pytest.mark.parametrize("ratio, advantage, acts", [
-    (1.21, 1., True), (1.19, 1., False), (.79, 1., False), (2., 1., True), (.79, -1., True), (.81, -1., False),
-    (1.21, -1., False), (2., -1., False), (.1, -1., True), (1., 1., False), (1., -1., False), (3., 0., False)])
-def test_the_clip_acts_where_a_step_would_overdo_it(ratio, advantage, acts):
-    """For A > 0 above 1.2, for A < 0 below 0.8; elsewhere the loss pulls on."""
-    logp = doubles([[math.log(ratio) - 1, -1.0]]).requires_grad_()  # beside it a token at ratio 1
-    loss, metrics = sophia_min.grpo_loss(
-        logp, doubles([[-1.0, -1.0]]), logp.detach(), doubles([advantage]), torch.ones(1, 2), kl_coef=0)
-    loss.backward()
-    assert metrics == {"kl": 0, "clip_frac": acts / 2}
-    assert logp.grad[0].tolist() == pytest.approx([0 if acts else -ratio * advantage / 2, -advantage / 2], abs=1e-15)
-
-
-def test_k3_estimates_the_kl_divergence():
-    policy, reference = doubles([.5, .3, .2]), doubles([.2, .2, .6])
-    k3 = sophia_min.kl_k3(policy.log(), reference.log())
-    assert (policy * k3).sum().item() == pytest.approx(sum(p * math.log(p / r) for p, r in zip(policy, reference)))
-    assert (k3 > 0).all() and torch.equal(sophia_min.kl_k3(policy, policy), torch.zeros(3, dtype=torch.float64))
-
-
 # ---------------------------------------------------------------- section 3.4: log-probabilities and masks
 
 
@@ -1087,15 +1048,6 @@ def test_token_logps_are_those_of_sampling(monkeypatch, rows, dtype, atol, rtol,
         assert [logps[n, r].item(), entropy[n, r].item()] == pytest.approx([logp, spread], abs=atol)
         gradient = (weights[n, r] * doubles(gradient)).tolist()
         assert logits.grad[n, r].tolist() == pytest.approx(gradient, rel=rtol, abs=rtol / 100)
-
-
-@pytest.mark.parametrize("eos", [[2], [3, 2]])
-def test_response_mask_keeps_the_first_end(eos):
-    """Whatever follows, padding with the same id too; without an end all counts. Every row of four of four ids."""
-    ids = torch.tensor(list(itertools.product(range(4), repeat=4)))
-    ends = [next((t for t, id in enumerate(row) if id in eos), 4) for row in ids.tolist()]
-    mask = sophia_min.response_mask(ids, eos)
-    assert mask.tolist() == [[int(t <= end) for t in range(4)] for end in ends] and mask.dtype == torch.int64
 
 
 # ---------------------------------------------------------------- the toy world: its oracle
@@ -1439,7 +1391,6 @@ def test_report_shows_curves_and_groups_and_needs_nothing_else(tmp_path, monkeyp
 
 # ---------------------------------------------------------------- the road, against the plain computation
 
-KINDS = ("pictures", "mixed", "text")
 G = 3
 NEVER = [3, 4, 5, 6]  # vision start, vision end, image and video, of both models
 HOT = ("--temperature", "0.6", "--min_new_tokens", "3", "--kl_coef", "0.5")
@@ -1453,11 +1404,25 @@ def road_config(*more):
 
 def moved(model, seed, by):
     """The model with noise on each weight, so that none stays at its initial 0 or 1."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * by)
+    rng = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight.data += torch.randn(weight.shape, generator=rng) * by
     return model
+
+
+def shaped_model(text, vision, dtype=torch.float32, device="cpu"):
+    """(random weights in a shape, the toy's tokenizer and image processor)"""
+    toy, processor = data.toy_model()
+    config = toy.config.to_dict()
+    config["text_config"] |= text
+    config["vision_config"] |= vision
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"]
+    del config["text_config"]["layer_types"]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_dict(config), dtype=dtype).eval()
+    model.generation_config = toy.generation_config
+    return model, processor
 
 
 @pytest.fixture(scope="session")
@@ -1470,35 +1435,22 @@ def road():
 
 
 @pytest.fixture(scope="session")
-def road_reference(road):
-    return moved(copy.deepcopy(road[0]).requires_grad_(False), 5, 0.01)
-
-
-def other_model():
-    """(model, Processor) unlike the toy: sizes, untied embeddings, one key head, no pad token in its config, more
-    embeddings than tokens, pad = end, an end that is a word, and settings for generation that would spoil a rollout."""
-    model, processor = data.toy_model()
-    config, end, pad = model.config, model.config.text_config.eos_token_id, model.config.text_config.pad_token_id
-    config.text_config.update(dict(
-        vocab_size=len(processor.tokenizer) + 57, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
-        num_attention_heads=6, num_key_value_heads=1, tie_word_embeddings=False, pad_token_id=None,
-        layer_types=["full_attention"] * 3,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}))
-    config.vision_config.update(dict(depth=3, hidden_size=48, intermediate_size=80, num_heads=3, out_hidden_size=96,
-                                     window_size=56))
-    config.tie_word_embeddings, processor.tokenizer.pad_token = False, "<|im_end|>"
-    model = moved(Qwen2_5_VLForConditionalGeneration(config).eval(), 109, 0.05)
+def roads(road, tmp_path_factory):
+    """The toy; the Processor of the published files of Qwen2.5-VL; and, as its folder gives it, another model: untied,
+    of other sizes, one key head, no pad token in its config, more embeddings than tokens, pad = end, an end that is a
+    word, and settings for generation that would spoil a rollout."""
+    folder, published = tmp_path_factory.mktemp("other"), Path(__file__).parent / "../shared/qwen25vl"
+    model, processor = shaped_model(
+        dict(vocab_size=len(data.toy_tokenizer()) + 57, hidden_size=96, intermediate_size=160, num_hidden_layers=3,
+             num_attention_heads=6, num_key_value_heads=1, tie_word_embeddings=False, pad_token_id=None,
+             rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}),
+        dict(depth=3, hidden_size=48, intermediate_size=80, num_heads=3, out_hidden_size=96, window_size=56))
+    end, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
+    processor.tokenizer.pad_token = "<|im_end|>"
     model.generation_config = GenerationConfig(
         eos_token_id=[300, end, pad, *range(301, 460)], pad_token_id=end, do_sample=True, top_k=5, top_p=0.8,
         temperature=0.1, repetition_penalty=1.3, min_p=0.2)
-    return model, processor
-
-
-@pytest.fixture(scope="session")
-def roads(road, tmp_path_factory):
-    """The toy; another model as its folder gives it; the Processor of the published files of Qwen2.5-VL."""
-    folder, published = tmp_path_factory.mktemp("other"), Path(__file__).parent / "../shared/qwen25vl"
-    for part in other_model():
+    for part in (moved(model, 109, 0.05), processor):
         part.save_pretrained(folder)
     return {"toy": road, "other": sophia_min.load(folder, road_config("--device", "cpu", "--max_pixels", "12544")),
             "published": (None, data.Processor.from_pretrained(published, 12544) if published.is_dir() else None)}
@@ -1518,16 +1470,6 @@ def road_examples(tmp_path_factory):
     return {"pictures": [small[0], large[1], wide, small[2]],
             "mixed": [text_only(small[1]), large[0], small[0], text_only(small[2], " Now."), wide],
             "text": [text_only(small[0]), text_only(small[1], " one two three four five"), text_only(small[3])]}
-
-
-@pytest.fixture(scope="session")
-def road_batches(road, road_examples):
-    """One sampled Rollout of each kind."""
-    batches = {}
-    for kind in KINDS:
-        torch.manual_seed(11)
-        batches[kind] = sophia_min.rollout(*road, road_examples[kind], G, road_config())
-    return batches
 
 
 @pytest.fixture
@@ -1558,9 +1500,7 @@ def true_float64(monkeypatch):
 def plain_inputs(model, prompts, responses):
     """Rows of prompt and response, padded on the left, with all that HF needs to find the positions itself."""
     rows = [prompt.ids + list(response) for prompt, response in zip(prompts, responses)]
-    pad, width = model.config.text_config.pad_token_id or 0, max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = sophia_min.pad(rows, "left", model.config.text_config.pad_token_id or 0)
     is_image = ((ids == model.config.image_token_id) & (mask == 1)).int()
     inputs, pictures = dict(input_ids=ids, attention_mask=mask, mm_token_type_ids=is_image), [
         prompt for prompt in prompts if prompt.pixel_values is not None]
@@ -1601,47 +1541,36 @@ def plain_logps(model, prompt, response, config):
     return logp[range(len(response)), response], -(logp.exp() * logp.masked_fill(never, 0.0)).sum(-1)
 
 
-def plain_grpo(policy, reference, batch, advantages, config, old=None):
-    """(loss, log-probs, metrics) of Eq. 7, one response after the other."""
-    loss, logps, metrics = 0.0, [], dict.fromkeys(("loss", "kl", "clip_frac", "entropy"), 0.0)
-    for n, ids in enumerate(batch.ids.tolist()):
-        prompt, response, advantage = batch.prompts[n // G], until_end(policy, ids), advantages[n].item()
-        logp, entropy = plain_logps(policy, prompt, response, config)
-        logps.append(logp.detach())
-        ratio, kl = (logp - (logps if old is None else old)[n]).exp(), torch.zeros(1)
-        limited = ratio.clamp(1 - config.clip_eps, 1 + config.clip_eps)
-        if config.kl_coef:
-            with torch.no_grad():
-                ref, _ = plain_logps(reference, prompt, response, config)
-            kl = torch.exp(ref - logp) - (ref - logp) - 1
-        gain = (torch.minimum(ratio * advantage, limited * advantage) - config.kl_coef * kl).mean()
-        clipped = (ratio > 1 + config.clip_eps) if advantage > 0 else (ratio < 1 - config.clip_eps)
-        loss = loss - gain / len(batch.ids)
-        for name, value in dict(loss=-gain, kl=kl, clip_frac=clipped.double(), entropy=entropy).items():
-            metrics[name] += value.mean().item() / len(batch.ids)
-    return loss, logps, metrics
+class GradientsOnly(sophia_min.MasterAdamW):
+    """An optimizer that keeps the gradients of its steps; it moves nothing, unless a learning rate is given."""
+
+    def __init__(self, model, lr=0.0, **more):
+        super().__init__(model, lr, **more)
+        self.kept = []
+
+    def step(self, max_norm=4.0):
+        self.kept.append({name: weight.grad if weight.grad is None else weight.grad.clone()
+                          for name, weight in zip(self.names, self.weights)})
+        return super().step(max_norm)
 
 
 def plain_gradients(policy, reference, batch, advantages, config):
-    """(metrics, gradients by name) of the same."""
-    kept = GradientsOnly(policy)
-    loss, _, metrics = plain_grpo(policy, reference, batch, advantages, config)
-    loss.backward()
-    kept.step()
-    return metrics, kept.kept[0]
-
-
-class GradientsOnly:
-    """An optimizer that keeps the gradients instead of moving anything."""
-
-    def __init__(self, model):
-        self.model, self.kept = model, []
-        model.zero_grad(set_to_none=True)
-
-    def step(self):
-        self.kept.append({name: weight.grad for name, weight in self.model.named_parameters()})
-        self.model.zero_grad(set_to_none=True)
-        return 0.0
+    """(metrics, gradients by name in the last inner epoch) of `update`, one response after the other; moves the policy,
+    too. The loss itself, Eq. 7, is held against the paper above."""
+    metrics, old, optimizer = Counter(grad_norm=0.0), {}, GradientsOnly(policy, config.lr)
+    for _ in range(config.inner_epochs):
+        for n, ids in enumerate(batch.ids.tolist()):
+            response = batch.prompts[n // G], until_end(policy, ids), config
+            logp, entropy = plain_logps(policy, *response)
+            with torch.no_grad():
+                ref = plain_logps(reference, *response)[0] if config.kl_coef else logp
+            loss, sums = sophia_min.grpo_loss(
+                logp[None], old.setdefault(n, logp.detach())[None], ref[None].detach(), advantages[n:n + 1],
+                torch.ones(1, len(logp)), config.clip_eps, config.kl_coef, len(batch.ids))
+            loss.backward()
+            metrics.update(sums, loss=loss.item(), entropy=entropy.mean().item() / len(batch.ids))
+        metrics["grad_norm"] += optimizer.step()
+    return {name: value / config.inner_epochs for name, value in metrics.items()}, optimizer.kept[-1]
 
 
 def relative_error(found, expected):
@@ -1657,12 +1586,28 @@ def advantages_of(batch):
     return torch.randn(len(batch.ids), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
+def counted(model):
+    """Counts from here on what goes through a model: pictures, rows with an empty cache (prompts), rows that continue
+    one."""
+    found = Counter()
+
+    def vision(module, args, kwargs):
+        found["pictures"] += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
+
+    def layer(module, args, kwargs):
+        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get(sophia_min.CACHE)
+        found["continued" if cache is not None and cache.get_seq_length() else "prompts"] += len(hidden)
+
+    model.model.visual.register_forward_pre_hook(vision, with_kwargs=True)
+    model.model.language_model.layers[0].register_forward_pre_hook(layer, with_kwargs=True)
+    return found
+
+
 # prompts
 
 TEXTS = ["How many?", "\nFirst a newline.", "  Two spaces, first and last:  ", "größer \u2265 5? 日本 🙂 e\u0301",
-         "a\n\n\nb\t c\r\n", ""]
-TOKEN_LIKE = ("<|im_end|>\n<|im_start|>assistant\n<|image_pad|><|vision_start|><|video_pad|><|endoftext|> {{ 1 + 1 }} "
-              "{question} {image} \ufffc</response> 1.0")
+         "a\n\n\nb\t c\r\n", "", "<|im_end|>\n<|im_start|>assistant\n<|image_pad|><|vision_start|><|video_pad|>"
+         "<|endoftext|> {{ 1 + 1 }} {question} {image} \ufffc</response> 1.0"]
 
 
 @pytest.mark.parametrize("whose", ["toy", "published"])
@@ -1685,7 +1630,7 @@ def test_prompts_are_the_chat_templates_own(roads, road_examples, judge_of, whos
                 {"role": "user", "content": before + picture + after}]
         assert way != "released" or not after and all(name in before[0]["text"] for name in sophia_min.CRITERIA)
     template = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    for text in [*TEXTS, TOKEN_LIKE]:
+    for text in TEXTS:
         example = dataclasses.replace(road_examples["pictures"][1], problem=text, options=(f"A. {text}", "B. no"))
         example = example if image else dataclasses.replace(example, image=None)
         prompt = processor.question(example) if way == "policy" else judge.prompt(example, text)
@@ -1693,7 +1638,7 @@ def test_prompts_are_the_chat_templates_own(roads, road_examples, judge_of, whos
             "\1", data.question_text(example)).replace("\2", text)
         assert prompt.ids.count(processor.image_token) == 16 * image and (prompt.grid is None) == (not image)
         kept = [[token for token in prompt.ids if token in special], *kept]
-        assert prompt.ids == tokenizer(rendered).input_ids or text == TOKEN_LIKE
+        assert prompt.ids == tokenizer(rendered).input_ids or text == TEXTS[-1]
     assert tokenizer.decode(prompt.ids) == rendered and kept[0] == kept[1]
 
 
@@ -1709,16 +1654,16 @@ def test_a_template_without_a_place_for_something_is_refused(judge_of, text):
 def test_rows_that_begin_alike_share_it(judge_of, road_examples, which, template, computed):
     """Logits and greedy continuations are those of each row alone, though a group's common beginning is computed once;
     where a picture comes behind what differs, each row is by itself."""
-    judge, examples = judge_of(template=template, which=which), road_examples["mixed"]
-    groups = [[judge.prompt(example, text) for text in ("fourth is red. so D", "", "fourth is blue, D")]
-              for example in examples] + [[judge.processor.question(examples[1])]]
+    judge, examples, texts = judge_of(template=template, which=which), road_examples["mixed"], ["red. so D", "", "D"]
+    groups = [[judge.prompt(example, text) for text in texts] for example in examples]
+    groups.append([judge.processor.question(examples[1])])
     model, rows = judge.model, [prompt for group in groups for prompt in group]
     prefix = sophia_min.PrefixCache(model, groups)
     assert len(prefix.ids) == computed
-    for n, (prompt, owner, tail) in enumerate(zip(rows, prefix.owner, prefix.tails, strict=True)):
+    for prompt, owner, tail in zip(rows, prefix.owner, prefix.tails, strict=True):
         assert prefix.ids[owner][prefix.mask[owner] == 1].tolist() + tail == prompt.ids and tail
-        first = n // G * G  # a group's tails have nothing more in common
-        assert n == 15 or len({(int(prefix.owner[i]), prefix.tails[i][0]) for i in range(first, first + G)}) > 1
+    for first in range(0, 15, G):  # a group's tails have nothing more in common
+        assert len({(int(prefix.owner[i]), prefix.tails[i][0]) for i in range(first, first + G)}) > 1
     targets, chosen = [[470 + n, 471, 472, 473][:1 + n % 4] for n in range(16)], torch.tensor([15, 4, 3, 0, 9, 4, 14])
     logits = sophia_min.target_logits(model, prefix, chosen, [targets[n] for n in chosen])
     assert logits.shape[:2] == (7, 4)
@@ -1736,25 +1681,24 @@ def test_rows_that_begin_alike_share_it(judge_of, road_examples, which, template
 def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, kind, after):
     """Greedily what each question gets alone, without padding; sampled what HF's own batch gets. Also right after a
     batch that left other rope_deltas on the model, and with a checkpoint whose settings would spoil it."""
-    (policy, processor), examples, cut = roads[which], road_examples[kind], 0
-    prompts = [processor.question(example) for example in examples]
-    assert len({len(prompt.ids) for prompt in prompts}) > 1, "the batch must be padded"
+    policy, processor, examples, cut = copy.deepcopy(roads[which][0]), roads[which][1], road_examples[kind], 0
+    prompts, ends = [processor.question(example) for example in examples], policy.generation_config.eos_token_id
+    once = dict(pictures=sum(example.image is not None for example in examples), prompts=len(prompts))
     sophia_min.rollout(policy, processor, road_examples[after], 2, road_config("--max_new_tokens", "2"))
-    passes, pictures = Passes(policy), sum(example.image is not None for example in examples)
+    passes = counted(policy)
     greedy = sophia_min.rollout(policy, processor, examples, 1, road_config(), greedy=True)
-    assert passes.stop() == (pictures, len(prompts)) and passes.continued == greedy.ids.numel()
+    assert passes == Counter(once, continued=greedy.ids.numel()) and greedy.prefix is None
     for prompt, ids in zip(prompts, greedy.ids.tolist(), strict=True):
         assert until_end(policy, ids) == plain_generate(policy, [prompt], suppress_tokens=NEVER)[0].tolist()
-    torch.manual_seed(21)
     config, rows = road_config(*HOT, "--max_new_tokens", "5"), [prompt for prompt in prompts for _ in range(G)]
-    passes = Passes(policy)
-    batch = sophia_min.rollout(policy, processor, examples, G, config, logits=True)
-    assert passes.stop() == (pictures, len(prompts)), "once for all rows of a group"
+    passes.clear()
+    torch.manual_seed(21)
+    batch = sophia_min.rollout(policy, processor, examples, G, config, logits=True, grad=True)
+    assert passes == Counter(once, continued=batch.ids.numel()) and batch.prefix, "once for all rows of a group"
     torch.manual_seed(21)
     assert torch.equal(batch.ids, plain_generate(policy, rows, 5, 0.6, suppress_tokens=NEVER, min_new_tokens=3))
     assert len({tuple(row) for row in batch.ids.tolist()}) > len(prompts), "groups of different responses"
     assert batch.examples == examples and [p.ids for p in batch.prompts] == [p.ids for p in prompts]
-    ends = policy.generation_config.eos_token_id
     for prompt, ids, mask, text, scores in zip(rows, batch.ids.tolist(), batch.mask.tolist(), batch.texts,
                                                batch.logits, strict=True):
         response = until_end(policy, ids)
@@ -1767,21 +1711,12 @@ def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, 
         assert not allowed[:, NEVER].any() and not allowed[:3, ends].any() and allowed[3:, ends].all()
         torch.testing.assert_close(scores[:len(response)][allowed], expected[allowed], rtol=0, atol=1e-4)
     assert batch.truncated == cut and 0 < cut < len(rows), "this test needs both kinds"
-    assert sophia_min.self_test(policy, processor, examples, config) < 1e-5
-
-
-def test_rollout_never_writes_a_vision_token(road, road_examples):
-    """Even a model that wants nothing else can't; four tokens of a thousand are too rare to wait for."""
-    policy, examples, vision = copy.deepcopy(road[0]), road_examples["mixed"], torch.tensor(NEVER)
-    policy.lm_head.register_forward_hook(
-        lambda module, args, out: out.index_add(-1, vision, torch.full((*out.shape[:-1], 4), 30.0)))
-    for greedy in (True, False):
-        batch = sophia_min.rollout(policy, road[1], examples, 1, road_config(), greedy)
-        assert not torch.isin(batch.ids, vision).any()
-    assert sophia_min.self_test(policy, road[1], examples, road_config()) < 1e-4
 
 
 # the update
+
+TWICE = ("--inner_epochs", "2", "--lr", "2e-3")
+
 
 @pytest.mark.parametrize("which, kind, micro_batch, frozen, grad, more, dtype", [
     ("toy", "pictures", 1, False, False, (), torch.float64), ("toy", "mixed", 3, False, False, HOT, torch.float64),
@@ -1789,111 +1724,72 @@ def test_rollout_never_writes_a_vision_token(road, road_examples):
     ("toy", "text", 64, False, False, HOT, torch.float64), ("toy", "mixed", 64, False, True, HOT, torch.float64),
     ("toy", "text", 2, False, True, (), torch.float64), ("other", "mixed", 4, False, False, HOT, torch.float64),
     ("toy", "pictures", 64, True, True, ("--kl_coef", "0"), torch.float64),
-    ("other", "pictures", 64, False, True, (), torch.float64), ("toy", "mixed", 3, False, False, (), torch.float32),
-    ("toy", "mixed", 64, False, True, (), torch.bfloat16)])
+    ("other", "pictures", 64, False, True, (), torch.float64), ("toy", "mixed", 4, False, False, TWICE, torch.float64),
+    ("toy", "mixed", 3, False, False, (), torch.float32), ("toy", "mixed", 64, False, True, (), torch.bfloat16)])
 def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, micro_batch, frozen, grad, more, dtype,
                                           true_float64):
-    """With `grad`, the update goes on from the rollout's own computation of the prompts."""
-    policy, processor = copy.deepcopy(roads[which][0]).to(dtype), roads[which][1]
-    reference, batches, examples = copy.deepcopy(policy).requires_grad_(False), [], road_examples[kind]
-    moved(reference, 5, 0.01)
+    """Whatever stands behind a response's end. With `grad`, it goes on from the rollout's own computation of the
+    prompts; with a second inner epoch the ratio leaves 1, and the clip acts."""
+    policy, examples = copy.deepcopy(roads[which][0]).to(dtype), road_examples[kind]
+    reference = moved(copy.deepcopy(policy), 5, 0.01).requires_grad_(False)
     policy.model.visual.requires_grad_(not frozen)
-    sophia_min.MasterAdamW(policy, 1)  # has gradients add up in fp32
-    config, optimizer = road_config("--micro_batch", str(micro_batch), *more), GradientsOnly(policy)
-    for kept in (False, grad):
-        torch.manual_seed(6)
-        batches.append(sophia_min.rollout(policy, processor, examples, G, config, grad=kept))
-        assert (batches[-1].prefix is None) == (not kept)
-    batch, advantages, passes = batches[1], advantages_of(batches[1]), [Passes(policy), Passes(reference)]
-    assert torch.equal(batches[0].ids, batch.ids)
+    config, plain = road_config("--micro_batch", str(micro_batch), *more), copy.deepcopy(policy)
+    optimizer = GradientsOnly(policy, config.lr)
+    torch.manual_seed(6)
+    batch = sophia_min.rollout(policy, roads[which][1], examples, G, config, grad=grad)
+    batch.ids = torch.where(batch.mask == 1, batch.ids, torch.randint_like(batch.ids, 470, 600))
+    advantages, passes = advantages_of(batch), [counted(policy), counted(reference)]
     metrics = sophia_min.update(policy, reference, optimizer, batch, advantages, config)
-    once = sum(example.image is not None for example in examples), len(examples)
-    assert [counted.stop() for counted in passes] == [(0, 0) if grad else once, once if config.kl_coef else (0, 0)]
-    assert passes[0].continued == len(batch.ids)  # old log-probs cost no pass
-    plain, expected = plain_gradients(policy, reference, batch, advantages, config)
+    times, pictures = config.inner_epochs, sum(example.image is not None for example in examples)
+    once = Counter(pictures=times * pictures, prompts=times * len(examples), continued=times * len(batch.ids))
+    assert passes[0] == (Counter(continued=len(batch.ids)) if grad else once)  # old log-probs cost no pass
+    assert passes[1] == (once if config.kl_coef else Counter())
+    expected, gradients = plain_gradients(plain, reference, batch, advantages, config)
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
-    assert relative_error(optimizer.kept[0], expected) < tolerance
-    assert metrics == pytest.approx({**plain, "grad_norm": 0}, abs=tolerance)
-    assert all((gradient is None) == (".visual." in name and (frozen or kind == "text"))
-               for name, gradient in expected.items())
-    assert (metrics["kl"] > 0) == (config.kl_coef > 0) and metrics["clip_frac"] == 0
+    assert relative_error(optimizer.kept[-1], gradients) < tolerance
+    assert metrics == pytest.approx(expected, abs=tolerance)
+    assert len(optimizer.kept) == times and any(".visual." in name for name in gradients) == (not frozen)
+    assert all((gradient is None) == (".visual." in name and kind == "text") for name, gradient in gradients.items())
+    assert (metrics["kl"] > 0) == (config.kl_coef > 0) and (metrics["clip_frac"] > 0.05) == (times == 2)
 
 
-def test_second_inner_epoch_keeps_the_first_ones_log_probs(road, road_reference, road_batches, true_float64):
-    """Two AdamW steps, in float64, against a loop over full sequences; the ratio leaves 1 and the clip acts."""
-    ours, plain, reference = (copy.deepcopy(model).double() for model in (road[0], road[0], road_reference))
-    config, batch = road_config("--inner_epochs", "2", "--micro_batch", "4", "--lr", "2e-3"), road_batches["mixed"]
-    advantages, old, epochs = advantages_of(batch), None, []
-    metrics = sophia_min.update(ours, reference, sophia_min.MasterAdamW(ours, config.lr), batch, advantages, config)
-    adamw = torch.optim.AdamW(plain.parameters(), lr=config.lr, weight_decay=0.01)
-    for _ in range(2):
-        adamw.zero_grad()
-        loss, logps, epoch = plain_grpo(plain, reference, batch, advantages, config, old)
-        old = old or logps
-        loss.backward()
-        epochs.append(epoch | {"grad_norm": torch.nn.utils.clip_grad_norm_(plain.parameters(), 4.0).item()})
-        adamw.step()
-    assert metrics == pytest.approx({name: (epochs[0][name] + epochs[1][name]) / 2 for name in metrics}, abs=1e-7)
-    assert metrics["clip_frac"] > 0.05 and (logps[0] - old[0]).abs().max() > 0.01
-    for (name, found), expected, before in zip(ours.named_parameters(), plain.parameters(), road[0].parameters()):
-        step = (expected - before).abs().max().item()
-        assert step > 1e-4 and (found - expected).abs().max().item() < 1e-4 * step, name
-
-
-@pytest.mark.parametrize("kind", ["pictures", "text"])
-def test_strange_tokens_in_a_response_are_harmless(road, road_reference, road_batches, kind):
-    """Behind its end none matters; before it, one from elsewhere must not ask for a picture that isn't there."""
-    policy, optimizer, batch, metrics = road[0], GradientsOnly(road[0]), road_batches[kind], []
-    noise = torch.randint(470, 600, batch.ids.shape, generator=torch.Generator().manual_seed(0))
-    behind, vision = torch.where(batch.mask == 1, batch.ids, noise), batch.ids.clone()
-    vision[0, 0], vision[1, 0], vision[4, 0] = NEVER[:3]
-    for ids, micro_batch in ((batch.ids, "4"), (behind, "4"), (vision, "1"), (vision, "64")):
-        metrics.append(sophia_min.update(policy, road_reference, optimizer, dataclasses.replace(batch, ids=ids),
-                                         advantages_of(batch), road_config("--micro_batch", micro_batch)))
-        found = [gradient for gradient in optimizer.kept[-1].values() if gradient is not None]
-        assert found and all(torch.isfinite(gradient).all() for gradient in found)
-    assert not torch.equal(batch.ids, behind) and metrics[0] == pytest.approx(metrics[1], abs=1e-6)
-    assert relative_error(optimizer.kept[1], optimizer.kept[0]) < 1e-5
-    assert all(map(math.isfinite, metrics[3].values())) and metrics[2] == pytest.approx(metrics[3], rel=1e-4, abs=1e-5)
-
-
-class Passes:
-    """Counts what goes through a model: pictures, rows with an empty cache (prompts), rows that continue one."""
-
-    def __init__(self, model):
-        self.pictures = self.prompts = self.continued = self.tokens = 0
-        self.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in (
-            (model.model.visual, self._vision), (model.model.language_model.layers[0], self._layer))]
-
-    def _vision(self, module, args, kwargs):
-        self.pictures += len(kwargs["grid_thw"] if "grid_thw" in kwargs else args[1])
-
-    def _layer(self, module, args, kwargs):
-        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get(sophia_min.CACHE)
-        empty = cache is None or not cache.get_seq_length()
-        self.prompts += len(hidden) * empty
-        self.continued += len(hidden) * (not empty)
-        self.tokens += hidden.shape[0] * hidden.shape[1]
-
-    def stop(self):
-        for handle in self.handles:
-            handle.remove()
-        return self.pictures, self.prompts
-
-
-def test_a_step_of_one_part_computes_each_prompt_once(road, road_reference, road_examples, monkeypatch):
+@pytest.mark.parametrize("questions, more, times", [
+    (5, (), 1), (5, ("--micro_batch", str(5 * G - 1)), 2), (5, ("--inner_epochs", "2"), 3),
+    (1, ("--micro_batch", "1"), 1)])
+def test_a_step_of_one_part_computes_each_prompt_once(road, road_examples, monkeypatch, questions, more, times):
     """Else twice, or once more for each inner epoch."""
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    examples, after = road_examples["mixed"], []
-    for chosen, times, more in ((examples, 1, ()), (examples, 2, ("--micro_batch", str(5 * G - 1))),
-                                (examples, 3, ("--inner_epochs", "2")), (examples[1:2], 1, ("--micro_batch", "1"))):
-        own, config = copy.deepcopy(road[0]), road_config("--micro_batch", str(5 * G), *more)
-        passes, optimizer = Passes(own), sophia_min.MasterAdamW(own, 1e-3)
-        torch.manual_seed(3)
-        sophia_min.train_step(1, own, road_reference, None, optimizer, road[1], chosen, config)
-        assert passes.stop() == (times * sum(e.image is not None for e in chosen), times * len(chosen))
-        after.append({name: weight.detach() for name, weight in own.named_parameters()})
-    assert relative_error(after[1], after[0]) < 1e-5
+    policy, config = copy.deepcopy(road[0]), road_config("--micro_batch", str(5 * G), *more)
+    reference, passes = copy.deepcopy(policy).requires_grad_(False), counted(policy)
+    examples = road_examples["mixed"][-questions:]
+    sophia_min.train_step(1, policy, reference, None, GradientsOnly(policy), road[1], examples, config)
+    assert passes["prompts"] == times * questions
+    assert passes["pictures"] == times * sum(example.image is not None for example in examples)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 2])
+def test_sft_has_the_gradients_of_full_sequences(road, road_examples, judge_of, monkeypatch, micro_batch):
+    """However many items at once; an item's rows begin alike and go on with other prompts and targets."""
+    model, plain, judge, made, parts = copy.deepcopy(road[0]), copy.deepcopy(road[0]), judge_of(), [], []
+    texts, n_tokens = [["a red circle", "b"], ["blue"], ["one two three", "square", "c"]], 0
+
+    def encode(item):
+        return [judge.prompt(road_examples["mixed"][item], text) for text in texts[item]], [
+            judge.processor.encode(text[::-1]) for text in texts[item]]
+
+    monkeypatch.setattr(reward_model, "MasterAdamW", lambda *args, **more: made.append(
+        GradientsOnly(*args, **more)) or made[0])
+    monkeypatch.setattr(reward_model, "PrefixCache", lambda model, groups: parts.append(len(groups)) or (
+        sophia_min.PrefixCache(model, groups)))
+    reward_model.sft(model, range(3), encode, 2, 3, 1e-3, "sft", micro_batch=micro_batch)
+    assert parts == {0: [3, 3], 1: [1] * 6, 2: [2, 1, 2, 1]}[micro_batch] and len(made[0].kept) == 2
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), road[0].parameters()))
+    for prompt, target in [pair for item in range(3) for pair in zip(*encode(item))]:
+        torch.nn.functional.cross_entropy(plain_logits(plain, prompt, target), torch.tensor(target),
+                                          reduction="sum").backward()
+        n_tokens += len(target)
+    expected = {name: weight.grad / n_tokens for name, weight in plain.named_parameters()}
+    assert relative_error(made[0].kept[0], expected) < 1e-5
 
 
 # the optimizer
@@ -1908,7 +1804,6 @@ def test_small_steps_and_small_gradients_move_a_bf16_model(road):
         optimizer.step()
     far = torch.cat([(master - weight).abs().flatten() for master, weight in zip(optimizer.masters, before)])
     assert far.median() > 2e-6 and (far > 0).float().mean() > 0.99  # 20 steps of 5e-7, some of them back
-    assert all(torch.equal(w, master.bfloat16()) for w, master in zip(model.parameters(), optimizer.masters))
     for scale in [256.0] + [1.0] * 30:
         sum((weight * scale).sum() for weight in model.parameters()).backward()
     assert all(weight.grad.dtype == torch.float32 and (weight.grad == 286).all() for weight in model.parameters())
@@ -1926,14 +1821,15 @@ def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype,
     frozen, weights = copy.deepcopy(model.model.visual), [w for w in model.parameters() if w.requires_grad]
     for first in range(2):
         theirs = [weight.detach().float().clone().requires_grad_() for weight in weights]
-        ours, adamw = sophia_min.MasterAdamW(model, 1e-3, offload=offload), torch.optim.AdamW(
-            theirs, 1e-3, weight_decay=0.01)
+        ours = sophia_min.MasterAdamW(model, 1e-3, offload=offload)
+        adamw = torch.optim.AdamW(theirs, 1e-3, weight_decay=0.01)
         assert all((a is b) == (dtype == torch.float32 and not offload) for a, b in zip(weights, ours.masters))
         for step in range(3):
             torch.manual_seed(10 * first + step)
-            for weight in theirs:
-                weight.grad = (torch.randn_like(weight) * 1e-2).to(dtype).float()
-            sum((weight * their.grad.to(dtype)).sum() for weight, their in zip(weights, theirs)).backward()
+            for weight, their in zip(weights, theirs):
+                gradient = torch.randn_like(weight) * 1e-2
+                (weight * gradient).sum().backward()
+                their.grad = gradient.float()
             norm = torch.nn.utils.clip_grad_norm_(theirs, 4.0)
             assert norm > 4 and ours.step() == pytest.approx(norm.item(), rel=1e-5)
             adamw.step()
@@ -1945,55 +1841,36 @@ def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype,
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_moves_nothing(road, road_reference, road_batches, dtype, bad):
+def test_what_is_not_finite_moves_nothing(road, road_examples, dtype, bad):
     """In a gradient, or in the update's loss."""
-    model, reference = copy.deepcopy(road[0]).to(dtype), copy.deepcopy(road_reference).to(dtype)
-    optimizer, batch, weights = sophia_min.MasterAdamW(model, 1e-2), road_batches["text"], list(model.parameters())
+    model = copy.deepcopy(road[0]).to(dtype)
+    optimizer, weights = sophia_min.MasterAdamW(model, 1e-2), list(model.parameters())
     sum(weight.sum() for weight in weights).backward()
     optimizer.step()  # so that there are moments to spoil
-    before = [weight.detach().clone() for weight in [*weights, *optimizer.masters]]
+    batch = sophia_min.rollout(model, road[1], road_examples["mixed"], G, road_config())
+    before, advantages = [weight.detach().clone() for weight in [*weights, *optimizer.masters]], advantages_of(batch)
     (sum(weight.sum() for weight in weights) + weights[7].flatten()[3] * bad).backward()
     with pytest.raises(FloatingPointError, match="gradient norm is "):
         optimizer.step()
-    advantages = advantages_of(batch)
     advantages[2] = bad
     with pytest.raises(FloatingPointError, match="loss is "):
-        sophia_min.update(model, reference, optimizer, batch, advantages, road_config())
+        sophia_min.update(model, copy.deepcopy(model), optimizer, batch, advantages, road_config())
     assert all(torch.equal(a, b) for a, b in zip(before, [*weights, *optimizer.masters]))
 
 
-@pytest.mark.parametrize("micro_batch", [0, 1, 2])
-def test_sft_has_the_gradients_of_full_sequences(road, road_examples, judge_of, monkeypatch, micro_batch):
-    """However many items at once; an item's rows begin alike and go on with other prompts and targets."""
-    model, plain, kept, judge = copy.deepcopy(road[0]), copy.deepcopy(road[0]), [], judge_of()
-    texts, n_tokens = [["a red circle", "b"], ["blue"], ["one two three", "square", "c"]], 0
-
-    def encode(item):
-        return [judge.prompt(road_examples["mixed"][item], text) for text in texts[item]], [
-            judge.processor.encode(text[::-1]) for text in texts[item]]
-
-    class Keeps(sophia_min.MasterAdamW):
-        def step(self, max_norm):
-            kept.append({name: weight.grad.clone() for name, weight in model.named_parameters()})
-            return super().step(max_norm)
-
-    monkeypatch.setattr(reward_model, "MasterAdamW", Keeps)
-    passes = Passes(model)
-    reward_model.sft(model, range(3), encode, 2, 3, 1e-3, "sft", micro_batch=micro_batch)
-    assert passes.stop() == (4, 6) and len(kept) == 2
-    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), road[0].parameters()))
-    for prompt, target in [pair for item in range(3) for pair in zip(*encode(item))]:
-        torch.nn.functional.cross_entropy(plain_logits(plain, prompt, target), torch.tensor(target),
-                                          reduction="sum").backward()
-        n_tokens += len(target)
-    assert relative_error(kept[0], {name: w.grad / n_tokens for name, w in plain.named_parameters()}) < 1e-5
+def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_examples):
+    """In train mode, as after a trainer's step, and with gradients: there every transformers drops it."""
+    model = copy.deepcopy(road[0]).train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="dropped its cache: switch gradient checkpointing off"):
+        sophia_min.PrefixCache(model, [[road[1].question(road_examples["text"][0])]])
 
 
 # the self-test
 
-def without(name):
-    """generate without an input."""
-    return lambda plain, **inputs: plain(**{key: value for key, value in inputs.items() if key != name})
+def changed(**more):
+    """The same with other arguments."""
+    return lambda plain, *args, **given: plain(**dict(zip(inspect.signature(plain).parameters, args)) | given | more)
 
 
 def flat(plain, ids, attention_mask, **kwargs):
@@ -2005,13 +1882,7 @@ def flat(plain, ids, attention_mask, **kwargs):
 def stale(plain, **inputs):
     """HF counts on from the state of an earlier batch with pictures, instead of from our positions."""
     plain.__self__.model.rope_deltas = torch.full((len(inputs["input_ids"]), 1), -2)
-    return without("position_ids")(plain, **inputs)
-
-
-def no_delta(plain, model, prefix, *rest):
-    """Responses continue at the number of prompt tokens, as after a text without a picture."""
-    prefix.next_position = prefix.mask.sum(-1)
-    return plain(model, prefix, *rest)
+    return plain(**inputs | {"position_ids": None})
 
 
 def see_padding(plain, *args):
@@ -2019,33 +1890,26 @@ def see_padding(plain, *args):
     return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
 
 
-def other(**changed):
-    """token_logps with other settings than generate's."""
-    names = ("logits", "ids", "temperature", "forbidden", "no_end", "eos_ids")
-    return lambda plain, *args: plain(**dict(zip(names, args)) | changed)
-
-
 FAULTS = {  # the function that goes wrong, in which call (None: each), and how
     "flat positions in rollout": ("get_rope_index", 0, flat), "flat positions in update": ("get_rope_index", 1, flat),
-    "stale rope deltas": ("generate", 0, stale), "positions without delta": ("target_logits", 0, no_delta),
-    **{f"{name} in generate": ("GenerationConfig", 0, lambda plain, name=name, value=value, **settings: plain(
-        **settings | {name: value})) for name, value in dict(
+    "stale rope deltas": ("generate", 0, stale), "positions without delta": ("get_rope_index", 1, lambda plain, *ids,
+        **more: (plain(*ids, **more)[0], torch.zeros(len(ids[0]), 1, dtype=torch.long))),  # as after a text
+    **{f"{name} in generate": ("GenerationConfig", 0, changed(**{name: value})) for name, value in dict(
         repetition_penalty=1.3, top_k=50, top_p=0.8, min_p=0.1, temperature=0.5, suppress_tokens=None,
         min_new_tokens=None).items()},
-    "vision ids open in update": ("token_logps", None, other(forbidden=torch.tensor([], dtype=torch.long))),
-    "temperature missing in update": ("token_logps", None, other(temperature=1.0)),
-    "not a number in update": ("token_logps", None, other(temperature=math.nan)),
-    "ends open in update": ("token_logps", None, other(no_end=0)),
+    **{f"other {name} in update": ("token_logps", None, changed(**{name: value})) for name, value in dict(
+        forbidden=torch.tensor([], dtype=torch.long), temperature=1.0, no_end=0).items()},
+    "not a number in update": ("token_logps", None, changed(temperature=math.nan)),
     "dropped cache in update": ("inputs", 1, lambda plain, self, rows, ids, mask: {
         **plain(self, rows, ids, mask), sophia_min.CACHE: None, "attention_mask": mask}),
-    "dropped cache in generate": ("generate", 0, without(sophia_min.CACHE)),
+    "dropped cache in generate": ("generate", 0, changed(**{sophia_min.CACHE: None})),
     "padding visible in rollout": ("inputs", 0, see_padding), "padding visible in update": ("inputs", 1, see_padding),
     "wrong owner": ("target_logits", 0, lambda plain, model, prefix, rows, *rest: plain(
         model, prefix, rows.roll(1), *rest))}
 
 
 @pytest.mark.parametrize("fault, dtype", [*((fault, torch.float32) for fault in FAULTS), (
-    "temperature missing in update", torch.bfloat16)])
+    "other temperature in update", torch.bfloat16)])
 def test_self_test_stops_at(road, road_examples, monkeypatch, fault, dtype):
     """Each fault of the field notes, one at a time, and at nothing else."""
     model, (name, call, change), calls = copy.deepcopy(road[0]).to(dtype), FAULTS[fault], itertools.count()
@@ -2057,14 +1921,6 @@ def test_self_test_stops_at(road, road_examples, monkeypatch, fault, dtype):
         None, next(calls)) else plain(*args, **kwargs))
     with pytest.raises(SystemExit, match="self-test failed"):
         sophia_min.self_test(*test)
-
-
-def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_reference, road_batches):
-    """In train mode, as after a trainer's step, and with gradients: there every transformers drops it."""
-    model, batch = copy.deepcopy(road[0]).train(), road_batches["text"]
-    model.gradient_checkpointing_enable()
-    with pytest.raises(RuntimeError, match="dropped its cache: switch gradient checkpointing off"):
-        sophia_min.update(model, road_reference, None, batch, advantages_of(batch), road_config())
 
 
 # how the judge scores
@@ -2086,9 +1942,9 @@ def test_a_verdict_counts_only_when_it_is_whole_and_one_number(judge_of, road_ex
 
     judge.model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     monkeypatch.setattr(sophia_min, "generate", generate)
-    passes = Passes(judge.model)
+    passes = counted(judge.model)
     scores = judge.score([road_examples["pictures"][0]], [["x"] * len(verdicts)])[0].tolist()
-    assert passes.stop() == (1, 1)
+    assert passes == Counter(pictures=1, prompts=1)
     assert [None if math.isnan(score) else pytest.approx(score) for score in scores] == list(verdicts.values())
 
 
@@ -2097,99 +1953,90 @@ def test_a_verdict_counts_only_when_it_is_whole_and_one_number(judge_of, road_ex
 @torch.no_grad()
 def test_expected_score_is_the_mean_under_the_models_own_probabilities(judge_of, road_examples, which, kind, template):
     """Against full sequences: prompt, response and each spelling of a score to its end, one by one."""
-    judge, examples = judge_of("expected", template, which), road_examples[kind][:2]
-    responses = ["a", "fourth is red. so the answer is D.", ""]
+    judge, examples, responses = judge_of("expected", template, which), road_examples[kind][:2], ["a", "so it is D", ""]
     rounded = judge.score(examples, [responses] * 2).flatten().tolist()
-    prompts = [[judge.prompt(example, response) for response in responses] for example in examples]
-    for tenths, prompt in zip(rounded, sum(prompts, []), strict=True):
-        found, total, mean = judge.expected(prompt), 0.0, 0.0
-        bare = ["0", "1"] + [f"{tenth / 10:.1f}" for tenth in range(11)]
-        tagged = [f"<answer>{score}</answer>" for score in bare] if template else []  # as others may write it
-        for text, score in zip(bare * 2, bare + tagged):
-            written = judge.processor.encode(score) + judge.model.generation_config.eos_token_id[:1]
+    spelled = {text: float(text) for text in ["0", "1"] + [f"{tenth / 10:.1f}" for tenth in range(11)]}
+    if template:  # as others may write it
+        spelled |= {f"<answer>{text}</answer>": score for text, score in spelled.items()}
+    for tenths, (example, response) in zip(rounded, itertools.product(examples, responses), strict=True):
+        prompt, chances = judge.prompt(example, response), []
+        for text in spelled:
+            written = judge.processor.encode(text) + judge.model.generation_config.eos_token_id[:1]
             logp = plain_logits(judge.model, prompt, written).double().log_softmax(-1)
-            chance = logp[range(len(written)), written].sum().exp().item()
-            total, mean = total + chance, mean + chance * float(text)
-        assert found == pytest.approx(mean / total, abs=1e-5) and tenths == pytest.approx(round(found, 1))
+            chances.append(logp[range(len(written)), written].sum().exp().item())
+        found, expected = judge.expected(prompt), sum(map(operator.mul, chances, spelled.values())) / sum(chances)
+        assert found == pytest.approx(expected, abs=1e-5) and tenths == pytest.approx(round(found, 1))
 
 
 # evaluation and one step
 
-def test_evaluate_counts_by_question(road, road_examples, monkeypatch):
+def test_evaluate_counts_by_question(road_examples, monkeypatch):
     """Batches of any size give one result a question, in order."""
-    examples, plain, sizes = [dataclasses.replace(example, soundness=lambda text: 0.9 if "sound" in text else 0.1)
-                              for example in road_examples["mixed"] + road_examples["text"][:2]], sophia_min.rollout, []
-    texts = {id(example): f"<think>{'sound' * (i != 3)}</think><answer>{example.solution if i % 2 else 'no'}</answer>"
+    examples, asked = [dataclasses.replace(example, soundness=lambda text: 0.9 if "sound" in text else 0.1)
+                       for example in road_examples["pictures"] + road_examples["text"]], []
+    texts = {example.id: f"<think>{'sound' * (i != 3)}</think><answer>{example.solution if i % 2 else 'no'}</answer>"
              if i else "x" for i, example in enumerate(examples)}
 
-    def rollout(policy, processor, part, group_size, config, greedy=False):
-        assert greedy == (group_size == 1)
-        sizes.append(len(part))
-        batch = plain(policy, processor, part, group_size, config, greedy)
-        return dataclasses.replace(batch, texts=[texts[id(example)] for example in part for _ in range(group_size)])
+    def rollout(policy, processor, part, group_size, config, greedy):
+        asked.append((len(part), group_size, greedy))
+        return types.SimpleNamespace(texts=[texts[example.id] for example in part for _ in range(group_size)])
 
     monkeypatch.setattr(sophia_min, "rollout", rollout)
-    config = road_config("--questions_per_step", "2", "--max_new_tokens", "1")
-    result = sophia_min.evaluate(*road, examples, config, "")
-    right = result.pop("right")
-    assert sizes == [3, 3, 1] and right == [0, 1, 0, 1, 0, 1, 0]
-    kinds = {kind: [hit for example, hit in zip(examples, right) if example.problem_type == kind]
-             for kind in {example.problem_type for example in examples}}
-    assert result == dict(n=7, accuracy=3 / 7, format_rate=6 / 7, soundness=pytest.approx(2 / 3), by_type={
-        kind: {"accuracy": pytest.approx(sum(hits) / len(hits)), "n": len(hits)} for kind, hits in kinds.items()})
-    pairs = list(sophia_min.responses(*road, examples, 2, 3, config, ""))  # of the judge's training: two a question
-    assert [pair[0] for pair in pairs] == [example for example in examples for _ in range(2)]
-    assert all(text == texts[id(example)] for example, text in pairs)
+    config = road_config("--questions_per_step", "2")
+    result = sophia_min.evaluate(None, None, examples, config, "")
+    assert result.pop("right") == [0, 1, 0, 1, 0, 1, 0]
+    by_type = {example.problem_type: [] for example in examples}
+    for i, example in enumerate(examples):
+        by_type[example.problem_type].append(i % 2)
+    assert result == dict(n=7, accuracy=3 / 7, format_rate=6 / 7, soundness=2 / 3, by_type={
+        kind: {"accuracy": statistics.fmean(hits), "n": len(hits)} for kind, hits in by_type.items()})
+    pairs = list(sophia_min.responses(None, None, examples, 2, 4, config, ""))  # for the judge's training
+    assert pairs == [(example, texts[example.id]) for example in examples for _ in range(2)]
+    assert asked == [(3, 1, True), (3, 1, True), (1, 1, True), (4, 2, False), (3, 2, False)]
 
 
-@pytest.mark.parametrize("settings, factor, last, gammas, mistrusted", [
-    (("--trust", "paper"), 0.3 * math.exp(-0.4 - 0.5), 0.3 * math.exp(-0.4), [math.exp(-0.5), None, 1], 1),
-    (("--trust", "off", "--anneal", "false"), 0.3, 0.3, [1, None, 1], 0),
-    (("--trust", "released"), 0.3 * math.exp(-0.4), 0, [1, None, 1], 0),
-    (("--reward_model", "none"), 0, 0, [None] * 3, 0)])
-def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, road_examples, monkeypatch, settings,
-                                                                        factor, last, gammas, mistrusted):
+@pytest.mark.parametrize("settings", ["--trust paper", "--trust off --anneal false", "--trust released",
+                                      "--reward_model none"])
+def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, road_examples, monkeypatch, settings):
     """What reaches the update are Eq. 1-6 of each group; a group without a score keeps its outcome alone."""
-    examples, right, seen, plain = road_examples["mixed"][:3], [[1, 0, 0], [0, 1, 0], [0, 0, 0]], [], sophia_min.rollout
-    scores = torch.tensor([[0.2, 0.8, 0.6], [0.9, math.nan, 0.1], [0.5, 0.4, 0.3]])
-    judge = None if "none" in settings else types.SimpleNamespace(score=lambda examples, groups: scores)
+    config, seen, plain = road_config("--steps", "10", *settings.split()), [], sophia_min.rollout
+    examples, outcome = road_examples["mixed"][:3], [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]
+    judge, thinking = types.SimpleNamespace(), [[0.2, 0.8, 0.6], [0.9, NAN, 0.1], [0.5, 0.4, 0.3]]
+    judge.score = lambda examples, groups: torch.tensor(thinking)
+    if "none" in settings:
+        judge, thinking = None, [[NAN] * 3] * 3
+    groups, how = list(zip(outcome, thinking)), (4, 10, config.alpha, config.trust, config.anneal)
+    rewards = [rewards_from_paper(*group, *how) for group in groups]
+    advantages = [advantages_from_paper(group) for group in rewards]
+    gammas = [trusted_from_paper(*group, config.trust)[1] or None for group in groups]
     texts = [f"<think>t</think><answer>{example.solution if hit else 'no'}</answer>"
-             for example, hits in zip(examples, right) for hit in hits][:8] + ["no format"]
-    wrong = 0 if "released" in settings else factor  # there, wrong answers' scores don't count
-    rewards = [[1 + factor * 0.2, wrong * 0.8, wrong * 0.6], [0, 1, 0], [last * 0.5, last * 0.4, last * 0.3]]
+             for example, hits in zip(examples, outcome) for hit in hits][:8] + ["no format"]
     metrics = dict(loss=0.0, kl=0.0, clip_frac=0.0, entropy=0.0, grad_norm=0.0)
     monkeypatch.setattr(sophia_min, "rollout", lambda *args, **kwargs: dataclasses.replace(
         plain(*args, **kwargs), texts=texts))
     monkeypatch.setattr(sophia_min, "update", lambda *args: seen.append(args[3:5]) or dict(metrics))
-    step = (4, road[0], None, judge, None, road[1], examples, road_config("--steps", "10", *settings))
+    step = (4, road[0], None, judge, None, road[1], examples, config)
     line, record = sophia_min.train_step(*step)
-    batch, advantages = seen[0]
-    for found, values, group in zip(advantages.view(3, G), rewards, record, strict=True):
-        values = torch.tensor(values, dtype=torch.float64)
-        torch.testing.assert_close(found, (values - values.mean()) / (values.std() + 1e-6), rtol=1e-6, atol=1e-6)
-        assert [row["reward"] for row in group["responses"]] == pytest.approx(values.tolist())
-        assert [row["advantage"] for row in group["responses"]] == found.tolist()
-    judged, rows = [gamma for gamma in gammas if gamma], [row for group in record for row in group["responses"]]
-    assert [group["gamma"] for group in record] == [gamma and pytest.approx(gamma) for gamma in gammas]
+    (batch, found), rows = seen[0], [row for group in record for row in group["responses"]]
+    assert [row["reward"] for row in rows] == pytest.approx(sum(rewards, []))
+    assert [row["advantage"] for row in rows] == found.tolist() == pytest.approx(sum(advantages, []), abs=1e-6)
+    assert [row["outcome"] for row in rows] == sum(outcome, []) and rows[4]["thinking"] is None
+    assert [(row["response"], row["tokens"]) for row in rows] == list(zip(texts, batch.mask.sum(1).tolist()))
+    assert [(group["id"], group["gamma"]) for group in record] == [
+        (example.id, gamma and pytest.approx(gamma)) for example, gamma in zip(examples, gammas)]
+    judged = [gamma for gamma in gammas if gamma]
     expected = dict(
-        gamma=statistics.fmean(judged) if judged else None, thinking=3.8 / 8 if judged else None,
-        unscored=len(judged) // 2, anneal=1 if "--anneal" in settings else math.exp(-0.4), mistrusted=mistrusted,
-        zero_groups=int(not last), outcome=2 / 9, accuracy=2 / 9, format_rate=8 / 9, truncated=batch.truncated,
+        gamma=statistics.fmean(judged) if judge else None, thinking=3.8 / 8 if judge else None,
+        unscored=int(bool(judge)), mistrusted=sum(gamma < 1 for gamma in judged),
+        zero_groups=advantages.count([0] * 3), outcome=2 / 9, accuracy=2 / 9, format_rate=8 / 9,
+        truncated=batch.truncated, anneal=math.exp(-0.4) if config.anneal else 1,
         prompt_tokens=statistics.fmean(len(road[1].question(example).ids) for example in examples))
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     assert json.loads(json.dumps([line, record], allow_nan=False)) == [line, record]
-    assert [group["id"] for group in record] == [example.id for example in examples]
-    assert [(row["response"], row["tokens"]) for row in rows] == list(zip(texts, batch.mask.sum(1).tolist()))
-    assert [row["outcome"] for row in rows] == sum(right, []) and rows[4]["thinking"] is None
-    if judge:
-        scores.fill_(math.inf)
+    thinking = [[INF] * 3] * 3
+    if judge and config.trust == "off":
         with pytest.raises(FloatingPointError, match="a reward is not finite"):
-            sophia_min.train_step(*step[:-1], road_config("--trust", "off"))
-
-
-def test_an_untrained_judge_of_a_real_model_is_that_model():
-    assert sophia_min.configure(["--model", "m", "--data", "d", "--reward_model", "base"]).reward_model == "m"
-    assert sophia_min.configure(["--reward_model", "base"]).reward_model == "base"
+            sophia_min.train_step(*step)
 
 
 def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
@@ -2847,7 +2694,7 @@ def test_an_adapter_is_trained_saved_evaluated_and_trained_on(run, flags, folder
 # ---------------------------------------------------------------- several processes, and what fits where
 
 FIXED_ROLLOUTS = """
-import copy, dataclasses, os, random, sys, zlib
+import copy, dataclasses, sys, zlib
 import torch
 from torch.distributed.tensor import DTensor
 import data, sophia_min
@@ -2857,18 +2704,15 @@ config = sophia_min.configure(["--micro_batch", "2", "--questions_per_step", "4"
 sophia_min.join_ranks(config)
 model, processor = data.toy_model(0)
 model.generation_config.eos_token_id = [model.generation_config.eos_token_id, 262]  # not together
-questions, examples, rng = data.toy_questions(4, 0), data.toy_examples(4, 0), random.Random(0)
+reference = copy.deepcopy(model).requires_grad_(False)
+for weight in reference.parameters():
+    weight.mul_(1.02)
+examples, own = data.toy_examples(4, 0), list(range(4))[rank::world]
 examples[1::2] = [dataclasses.replace(example, image=None) for example in examples[1::2]]  # no picture on rank 1
-texts = [[question.response(rng, flaw) for flaw in (None, "haste", "redundancy")] for question in questions]
-advantages, own = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), list(range(4))[rank::world]
-ids = [processor.encode(text) + [processor.tokenizer.eos_token_id] for q in own for text in texts[q]]
+ids = [processor.encode("red " * n) + [processor.tokenizer.eos_token_id] for q in own for n in (3, 7 + q, 9 + 4 * q)]
 batch = sophia_min.Rollout([examples[q] for q in own], [processor.question(examples[q]) for q in own],
                            *sophia_min.pad(ids, "right"), [], 0)
-reference = copy.deepcopy(model).requires_grad_(False)
-torch.manual_seed(1)
-with torch.no_grad():
-    for weight in reference.parameters():
-        weight.add_(torch.randn_like(weight) * 0.01)
+advantages = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
 def prefix_of(model, *more):
     with torch.no_grad():
@@ -2877,8 +2721,8 @@ def prefix_of(model, *more):
 if world > 1:
     for each in (model, reference):
         sophia_min.shard(each, torch.float32)
-    assert sophia_min.is_sharded(model) and sum(
-        w.to_local().numel() for w in model.parameters()) < 0.6 * sum(w.numel() for w in model.parameters())
+    held = sum(weight.to_local().numel() for weight in model.parameters())
+    assert held < 0.6 * sum(weight.numel() for weight in model.parameters())
 optimizer, losses = sophia_min.MasterAdamW(model, 1e-3), []
 longer = dataclasses.replace(config, max_new_tokens=30)
 wrote = sophia_min.rollout(model, processor, batch.examples, 1, longer, greedy=True)  # unequally long on both ranks
@@ -2894,38 +2738,40 @@ for _ in range(3):
 advantages[1::2] = 0  # without a KL term nothing to learn from on rank 1
 config.kl_coef = 0.0
 sophia_min.update(model, reference, optimizer, batch, advantages[own].flatten(), config)
-state = optimizer.state()
+state, config.kl_coef = optimizer.state(), 0.5
+adapted = data.toy_model(0)[0]
+adapters = sophia_min.LoRA(adapted, 3, "")
+of_adapters = sophia_min.MasterAdamW(adapted, 1e-3, average=world > 1)
+for _ in range(3):
+    sophia_min.update(adapted, adapters, of_adapters, batch, advantages[own].flatten(), config)
 if rank == 0:
-    torch.save({"losses": losses, "answers": answers, "wrote": wrote, **state}, f"{out}/{world}.pt")
+    lora = of_adapters.state()["weights"]
+    torch.save({"losses": losses, "answers": answers, "wrote": wrote, "lora": lora, **state}, f"{out}/{world}.pt")
 else:
     assert set(state["weights"]) == {None}  # no card holds all
 saved = torch.load(f"{out}/1.pt", weights_only=True)  # what one process saved
 optimizer.restore(saved)
 again = optimizer.state()
 if rank == 0:
-    assert all(map(torch.equal, again["weights"], saved["weights"]))
-    for i, moments in saved["adamw"]["state"].items():
-        assert all(torch.equal(value, again["adamw"]["state"][i][name]) for name, value in moments.items())
+    torch.testing.assert_close([again["weights"], again["adamw"]["state"]], [saved["weights"], saved["adamw"]["state"]],
+                               rtol=0, atol=0)
 if world > 1:  # in bf16 the same as one process: FSDP must not round what enters a layer, such as rotary angles
     alone, spread = (data.toy_model(0)[0] for _ in range(2))
     for weight in alone.parameters():
         weight.data = weight.data.bfloat16()
     sophia_min.shard(spread, torch.bfloat16)
-    for a, b in zip(*(prefix_of(each, data.blank_picture(alone.config)).keys_values for each in (alone, spread))):
-        assert a[0].dtype == torch.bfloat16 and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-
+    alone, spread = (prefix_of(each, data.blank_picture(alone.config)).keys_values for each in (alone, spread))
+    assert alone[0][0].dtype == torch.bfloat16
+    torch.testing.assert_close(alone, spread, rtol=0, atol=0)
     data.StopAfterStep.asked, sophia_min.join_ranks = rank == 1, lambda config: None  # one's Ctrl-C; they have met
     sophia_min.main(sys.argv[2:])
 """
 FAILING_RANK = """
-import sys, torch, sophia_min
-torch.set_num_threads(1)
-step = sophia_min.train_step
+import sys, sophia_min
 def train_step(*args):
-    if sophia_min.RANK == 1:
-        raise FloatingPointError("rank 1 has a bad day")
-    return step(*args)
-sophia_min.train_step = train_step
+    raise FloatingPointError("rank 1 has a bad day")
+if sophia_min.RANK == 1:
+    sophia_min.train_step = train_step
 sophia_min.main(sys.argv[1:])
 """
 
@@ -2935,17 +2781,15 @@ def processes(tmp_path):
     """processes(n, script, argument, ..): what n processes that run it together leave."""
     def run(n, script, *arguments):
         (tmp_path / "script.py").write_text(script)
-        together = ["-m", "torch.distributed.run", "--nproc_per_node", str(n), "--master_port",
-                    str(random.Random(os.getpid() + len(script)).randint(20000, 40000))] * (n > 1)
-        process = subprocess.Popen([sys.executable, *together, str(tmp_path / "script.py"), *map(str, arguments)],
-                                   text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
+        together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] * (n > 1)
+        process = subprocess.Popen([sys.executable, *together, tmp_path / "script.py", *arguments], text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
                                        **os.environ, "OMP_NUM_THREADS": "1",
                                        "PYTHONPATH": str(Path(sophia_min.__file__).parent)})
         try:
             out, error = process.communicate(timeout=200)
-        except subprocess.TimeoutExpired:
+        finally:
             process.terminate()  # torchrun ends those that it started
-            out, error = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, out, error)
     return run
 
@@ -2955,7 +2799,7 @@ def test_two_processes_are_one(flags, processes, folders, tmp_path):
     after three updates and one that has nothing to learn from on one of them, the same weights and moments. Then a
     sampled run on two, stopped on one of them, goes on on two, and at last in a single process."""
     out = tmp_path / "out"
-    argv = flags("out", "--reward_model", folders / "judge", "--questions_per_step", 2, "--out", out)
+    argv = flags("out", "--reward_model", folders / "judge", "--questions_per_step", 2)
     alone = processes(1, FIXED_ROLLOUTS, tmp_path)
     assert alone.returncode == 0, alone.stderr[-2000:]
     both = processes(2, FIXED_ROLLOUTS, tmp_path, *argv)
@@ -2966,11 +2810,9 @@ def test_two_processes_are_one(flags, processes, folders, tmp_path):
     assert one["wrote"] == two["wrote"] and list(map(len, one["wrote"])) == [18, 21, 15, 9]  # rank 0 is done first
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-5)
     assert one["answers"] == two["answers"] and 0 < sum(one["answers"]["right"]) < 9
-    for weight, other in zip(one["weights"], two["weights"], strict=True):
-        torch.testing.assert_close(weight, other, rtol=0, atol=3e-5)  # 3 steps of up to 1e-3
-    for i, moments in one["adamw"]["state"].items():
-        for name, value in moments.items():
-            torch.testing.assert_close(value, two["adamw"]["state"][i][name], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(one["weights"], two["weights"], rtol=0, atol=3e-5)  # 3 steps of up to 1e-3
+    torch.testing.assert_close(one["adamw"]["state"], two["adamw"]["state"], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(one["lora"], two["lora"], rtol=0, atol=1e-5)
     groups = data.read_lines(out / "groups.jsonl")
     assert len({group["id"] for group in groups if group["step"] == 1}) == 2
     weights = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["weights"]
@@ -2986,43 +2828,6 @@ def test_a_failing_process_ends_all(flags, processes, tmp_path):
     assert not (tmp_path / "out" / "checkpoint" / "state.pt").exists()
 
 
-def test_sft_takes_the_same_steps_however_many_items_at_once(road, road_examples, monkeypatch):
-    def encode(item):
-        return [road[1].question(item[0])] * len(item[1]), [road[1].encode(text) for text in item[1]]
-
-    items = list(zip(road_examples["mixed"], (["a red circle", "b"], ["blue"], ["one two three", "square", "c"])))
-    found, passes, plain = {}, [], sophia_min.PrefixCache
-    monkeypatch.setattr(reward_model, "PrefixCache", lambda model, groups: passes.append(len(groups)) or plain(
-        model, groups))
-    for n in (0, 1, 2, 3):
-        model = copy.deepcopy(road[0])
-        passes.clear()
-        reward_model.sft(model, items, encode, 3, 3, 1e-3, "sft", micro_batch=n)
-        found[n] = {name: weight.detach() - before for (name, weight), before in
-                    zip(model.named_parameters(), road[0].parameters())}
-        assert sum(passes) == 9 and max(passes) == (n or 3)
-        assert relative_error(found[n], found[0]) < 2e-3  # AdamW divides tiny gradients by their own size
-
-
-def test_an_offloaded_optimizer_takes_the_steps_of_torchs_own(road):
-    """Masters and moments elsewhere change nothing but where they are; a model can have one after another."""
-    model, bare = copy.deepcopy(road[0]), copy.deepcopy(road[0])
-    for offload in (True, True, False):
-        ours = sophia_min.MasterAdamW(model, 1e-3, offload=offload)
-        plain = torch.optim.AdamW(bare.parameters(), 1e-3, weight_decay=0.01)
-        assert all((master is weight) != offload for master, weight in zip(ours.masters, ours.weights))
-        for seed in (0, 1):
-            for net in (model, bare):
-                torch.manual_seed(seed)
-                sum((weight * torch.randn_like(weight)).sum() for weight in net.parameters()).backward()
-            torch.nn.utils.clip_grad_norm_(bare.parameters(), 4.0)
-            ours.step()
-            plain.step()
-            plain.zero_grad()
-    for a, b in zip(model.parameters(), bare.parameters()):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
 def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
 
@@ -3033,57 +2838,48 @@ def test_a_full_card_names_what_helps(flags, monkeypatch, capsys):
     assert re.fullmatch("CUDA out of memory.*--max_pixels, --micro_batch.*--freeze_vision.*", said)
 
 
-def memory(config, policy_config, judge_config, offload, dtype=torch.bfloat16, world=1):
-    """{part: (bytes, where)} of a run, without what an update's activations add. Parameters are counted on the real
-    classes, built without memory."""
-    def count(model_config, trained_only=False):
-        with torch.device("meta"):
-            model = Qwen2_5_VLForConditionalGeneration(copy.deepcopy(model_config))
-        model.model.visual.requires_grad_(not config.freeze_vision)
-        model.tie_weights()
-        return sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not trained_only)
-
-    n, trained, text, size = count(policy_config), count(policy_config, True), policy_config.text_config, dtype.itemsize
-    share = "card" + f", in {world} parts" * (world > 1)
-    home = share.replace("card", "host") if offload else share
+def memory(config, policy, judge, offload, world=1):
+    """{part: (bytes, where)} of a run with models of these shapes, without what an update's activations add."""
+    weights, trained = sum(w.numel() for w in policy.parameters()), sum(
+        w.numel() for w in policy.parameters() if w.requires_grad)
+    size, text, card = policy.dtype.itemsize, policy.config.text_config, "card" + f", in {world} parts" * (world > 1)
+    home = "host" if offload else card
     tokens = config.questions_per_step // world * config.group_size * (
         config.max_pixels // 28 ** 2 + config.max_new_tokens)
     a_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    parts = {"policy, to compute with": (n * (size if world == 1 else 4), share),
+    parts = {"policy, to compute with": (weights * (size if world == 1 else 4), card),
              "policy, fp32 masters": (trained * 4 * (offload or size == 2 and world == 1), home),
-             "gradients, fp32": (trained * 4, share), "AdamW's moments, fp32": (trained * 8, home),
-             "reference": (n * size * (config.kl_coef > 0), share),
-             "reward model": (count(judge_config) * size, "card"),
+             "gradients, fp32": (trained * 4, card),
+             "AdamW's moments, fp32": (trained * 8, home),
+             "reference": (weights * size * (config.kl_coef > 0), card),
+             "reward model": (sum(w.numel() for w in judge.parameters()) * size, "card"),
              f"keys and values of a rollout, {tokens:,} tokens": (tokens * a_token * size, "card"),
-             "policy, whole while it decodes": (n * size * (world > 1), "card")}
+             "policy, whole while it decodes": (weights * size * (world > 1), "card")}
     return {part: found for part, found in parts.items() if found[0]}
 
 
 @pytest.mark.parametrize("more", [(), ("--freeze_vision",), ("--offload_optimizer", "true", "--kl_coef", "0")])
-def test_memory_by_part_is_that_of_the_tensors(road, tmp_path, more):
+def test_memory_by_part_is_that_of_the_tensors(road, road_examples, more):
     """The table's arithmetic against what a model, its optimizer after a step, and a cache really hold."""
     config, model = sophia_min.configure(["--model", "x", "--data", "y.json", *more]), copy.deepcopy(road[0])
     model.model.visual.requires_grad_(not config.freeze_vision)
-    offload, home = bool(config.offload_optimizer), "host" if config.offload_optimizer else "card"
-    optimizer = sophia_min.MasterAdamW(model, 1e-3, offload=offload)
-    sum((weight * 2).sum() for weight in optimizer.weights).backward()
-    with torch.no_grad():
-        prefix = sophia_min.PrefixCache(model, [[road[1].question(data.toy_examples(1, 0, folder=tmp_path)[0])]])
-
-    def size(tensors):
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    whole, gradients = size(model.parameters()), size(w.grad for w in model.parameters() if w.grad is not None)
+    offload, whole, tokens = bool(config.offload_optimizer), [*model.parameters()], 16 * 8 * (1280 + 1024)
+    optimizer = GradientsOnly(model, offload=offload)
+    sum(weight.sum() for weight in optimizer.weights).backward()
     optimizer.step()
-    moments = size(s[name] for s in optimizer.adamw.state.values() for name in ("exp_avg", "exp_avg_sq"))
-    tokens = 16 * 8 * (config.max_pixels // 784 + 1024)
-    a_token = size(tensor for pair in prefix.keys_values for tensor in pair) // prefix.ids.numel()
-    expected = {"policy, to compute with": (whole, "card"), "gradients, fp32": (gradients, "card"),
-                "AdamW's moments, fp32": (moments, home), "reward model": (whole, "card"),
-                f"keys and values of a rollout, {tokens:,} tokens": (tokens * a_token, "card")}
-    expected |= {"policy, fp32 masters": (size(optimizer.masters), "host")} if offload else {}
-    expected |= {"reference": (whole, "card")} if config.kl_coef else {}
-    assert memory(config, model.config, model.config, offload, torch.float32) == expected
+    with torch.no_grad():
+        prefix = sophia_min.PrefixCache(model, [[road[1].question(road_examples["pictures"][0])]])
+    cache = f"keys and values of a rollout, {tokens:,} tokens"
+    held = {"policy, to compute with": whole, "policy, fp32 masters": optimizer.masters if offload else [],
+            "gradients, fp32": optimizer.kept[0].values(), "reward model": whole, cache: sum(prefix.keys_values, ()),
+            "AdamW's moments, fp32": [state[name] for state in optimizer.adamw.state.values() for name in (
+                "exp_avg", "exp_avg_sq")], "reference": whole if config.kl_coef else []}
+    expected = {part: sum(tensor.nbytes for tensor in tensors) for part, tensors in held.items() if tensors}
+    expected[cache] = expected[cache] // prefix.ids.numel() * tokens
+    found = memory(config, model, model, offload)
+    assert {part: size for part, (size, _) in found.items()} == expected
+    assert {part for part, (_, where) in found.items() if where == "host"} == (
+        {"policy, fp32 masters", "AdamW's moments, fp32"} if offload else set())
 
 
 VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
@@ -3099,10 +2895,8 @@ QWEN_7B = (dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
                          ids=["3B_on_one_GPU", "7B_on_eight_GPUs"])
 def test_memory_of_the_published_sizes(shape, weights, world):
     """python -m pytest -q -s -k published_sizes prints the README's table; the reward model has 3B."""
-    policy, judge = (Qwen2_5_VLConfig(text_config=text, vision_config=vision,
-                                      tie_word_embeddings=text["tie_word_embeddings"])
-                     for text, vision in (shape, QWEN_3B))
-    found = memory(sophia_min.configure(["--model", "x", "--data", "y.json"]), policy, judge, world == 1, world=world)
+    policy, judge = (shaped_model(*each, torch.bfloat16, "meta")[0] for each in (shape, QWEN_3B))
+    found = memory(sophia_min.configure(["--model", "x", "--data", "y.json"]), policy, judge, world == 1, world)
     table = [f"{size / 1e9:6.1f} GB  {part} ({where})" for part, (size, where) in found.items()]
     on_card = sum(size / (world if "parts" in where else 1) for size, where in found.values() if "card" in where)
     print("", *table, f"{on_card / 1e9:6.1f} GB on a card, without the update's activations", sep="\n")
@@ -3379,63 +3173,43 @@ STUDY = Path("runs", "study")  # what is there already isn't done again
 
 
 def study_arm(folder, seed, flags):
-    """Train, or go on, then evaluate on kinds of questions that training never asks: commands as a user gives them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    begun = (folder / "run" / "checkpoint" / "state.pt").exists()
-    if not begun:
-        shutil.rmtree(folder / "run", ignore_errors=True)
-    train = ["--resume", folder / "run"] if begun else [
-        "--seed", seed, "--save_rollouts", *flags.split(), "--out", folder / "run"]
-    shifted = ["--model", folder / "run" / "model", "--data", "toy-shifted", "--eval_only", "--toy_pixels", 56,
-               "--max_new_tokens", 80, "--seed", seed, "--out", folder / "shifted"]
-    for command, done in ((train, folder / "run" / "report.html"), (shifted, folder / "shifted" / "eval.json")):
-        if not done.exists():
+    """Train, then evaluate on kinds of questions that training never asks: commands as a user gives them."""
+    run, shifted = folder / "run", folder / "shifted"
+    train = [*flags.split(), "--out", run]
+    look = ["--model", run / "model", "--data", "toy-shifted", "--eval_only", "--toy_pixels", 56,
+            "--max_new_tokens", 80, "--out", shifted]
+    for flags, out, last in ((train, run, "report.html"), (look, shifted, "eval.json")):
+        if not (out / last).exists():
+            shutil.rmtree(out, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, sophia_min.__file__, "--seed", seed, *flags]
             with open(folder / "output.txt", "a") as output:
-                subprocess.run([sys.executable, sophia_min.__file__, *map(str, command)], stdout=output, check=True,
-                               stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                subprocess.run(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, check=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+MEASURED = "right", "sound", "shifted: right", "shifted: sound", "gamma"
 
 
 def study_numbers(folder):
-    """What an arm came to, on new scenes and on shifted questions, and what trust and annealing did on the way there:
-    the spread is the standard deviation of the advantages in groups that are all right, where thinking alone counts."""
-    log, groups, spreads = data.read_lines(folder / "run" / "log.jsonl"), {}, ([], [], [])
-    for row in data.read_lines(folder / "run" / "rollouts.jsonl"):
-        if not row.get("held_out"):
-            groups.setdefault((row["step"], row["id"]), []).append(row)
-    for (step, _), rows in groups.items():
-        if all(row["outcome"] >= 0.5 for row in rows):
-            spreads[(step - 1) * 3 // len(log)].append(statistics.stdev(row["advantage"] for row in rows))
-    gammas = [line["gamma"] for line in log if line["gamma"] is not None]
-    result = {"shifted " * (part == "shifted") + name: json.loads((folder / part / "eval.json").read_text())[when][name]
-              for part, when in (("run", "after"), ("shifted", "before")) for name in ("accuracy", "soundness")}
-    return result | {"gamma": statistics.fmean(gammas) if gammas else None,
-                     "mistrusted groups": sum(line["mistrusted"] for line in log),
-                     "spread first third": statistics.fmean(spreads[0]) if spreads[0] else None,
-                     "spread last third": statistics.fmean(spreads[2]) if spreads[2] else None}
-
-
-def with_interval(values):
-    """The mean over seeds, with its 95% interval (Student's t), as text."""
-    if None in values:
-        return "-"
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), math.nan)
-    half = t * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):.3f} +-{half:6.3f}"
+    """What an arm came to, on new scenes and on shifted questions, and the mean gamma on the way there."""
+    after, shifted = (json.loads((folder / part / "eval.json").read_text())[when]
+                      for part, when in (("run", "after"), ("shifted", "before")))
+    gammas = [line["gamma"] for line in data.read_lines(folder / "run" / "log.jsonl") if line["gamma"] is not None]
+    return [*(found[name] for found in (after, shifted) for name in ("accuracy", "soundness")),
+            statistics.fmean(gammas) if gammas else NAN]
 
 
 def study_report(runs):
-    """Tables from runs[arm] = the study_numbers of each seed: results, `full` against each arm in pairs by seed, and
-    what happened on the way."""
-    names = list(runs["full"][0])
-    values = {arm: {name: [run[name] for run in of_seeds] for name in names} for arm, of_seeds in runs.items()}
-    paired = {f"full minus {arm}": {name: [a - b for a, b in zip(values["full"][name], numbers[name])]
-                                    for name in names[:4]} for arm, numbers in values.items() if arm != "full"}
-    lines = []
-    for columns, table in ((names[:4], values), (names[:4], paired), (names[4:], values)):
-        lines += ["", " " * 43 + "".join(f"{name:>19}" for name in columns)]
-        lines += [f"{label:<43}" + "".join(f"{with_interval(numbers[name]):>19}" for name in columns)
-                  for label, numbers in table.items()]
-    return "\n".join(lines[1:])
+    """A table from runs[arm] = the study_numbers of each seed: the means with their 95% intervals (Student's t), then
+    `full` against each arm in pairs by seed."""
+    arms = {arm: np.array(numbers) for arm, numbers in runs.items()}
+    arms |= {f"full minus {arm}": arms["full"] - numbers for arm, numbers in arms.items() if arm != "full"}
+    lines = [" " * 34 + "".join(f"{name:>17}" for name in MEASURED)]
+    for label, numbers in arms.items():
+        half = {3: 4.303, 5: 2.776}[len(numbers)] * numbers.std(0, ddof=1) / len(numbers) ** 0.5
+        lines.append(f"{label:<34}" + "".join(f"{mean:>9.3f} +-{by:.3f}" for mean, by in zip(numbers.mean(0), half)))
+    return "\n".join(lines)
 
 
 @pytest.mark.study
@@ -3450,39 +3224,20 @@ def test_the_arms_of_table_3():
             for n, _ in enumerate(pool.map(lambda job: study_arm(*job), jobs), 1):
                 print(f"{n} of {len(jobs)} runs", flush=True)
     runs = {arm: [study_numbers(folders[arm, seed]) for seed in seeds] for arm in ARMS}
-    data.write_json(STUDY / "study.json", runs)
-    print(f"\n{study_report(runs)}\n{STUDY / 'study.json'} has the numbers of each seed")
+    print(f"\n{study_report(runs)}")
 
 
-def test_the_studys_arithmetic(tmp_path):
-    for n, arm in enumerate(("full", "GRPO")):
-        for seed in range(3):
-            folder, result = tmp_path / arm / str(seed), {"accuracy": (seed + 2 * n) / 8, "soundness": n / 2}
-            data.write_json(folder / "run" / "eval.json", {"after": result})
-            data.write_json(folder / "shifted" / "eval.json", {"before": result})
-            gammas = [None if n else 0.9 + 0.1 * (step > 6) for step in range(1, 13)]
-            reward_model.write_rows(folder / "run" / "log.jsonl", [
-                {"gamma": gamma, "mistrusted": 2 * (gamma == 0.9)} for gamma in gammas])
-            reward_model.write_rows(folder / "run" / "rollouts.jsonl", [{"step": 0, "held_out": True, "outcome": 1}, *(
-                {"step": step, "id": id, "outcome": outcome, "advantage": value} for step in range(1, 13)
-                for id, outcome, value in (("a", 1, 1 / step), ("a", 1, -1 / step), ("b", 1, 9), ("b", 0, -9)))])
-    runs = {arm: [study_numbers(tmp_path / arm / str(seed)) for seed in range(3)] for arm in ("full", "GRPO")}
-    early, late = (math.sqrt(2) * sum(1 / step for step in part) / 4 for part in (range(1, 5), range(9, 13)))
-    assert runs["full"][1] == pytest.approx({
-        "accuracy": 1 / 8, "soundness": 0, "shifted accuracy": 1 / 8, "shifted soundness": 0, "gamma": 0.95,
-        "mistrusted groups": 12, "spread first third": early, "spread last third": late})
+def test_the_studys_arithmetic():
+    runs = {arm: [[(seed + 2 * n) / 8, n / 2, 0, 0, NAN if n else 0.9] for seed in range(3)]
+            for n, arm in enumerate(("full", "GRPO"))}
     shown = study_report(runs).splitlines()
-    cells = {" ".join(line[:43].split()): line[43:].split() for line in shown[:7]}
-    assert cells["full"][:6] == ["0.125", "+-", "0.311", "0.000", "+-", "0.000"]  # 4.303 / 8 / sqrt(3)
-    assert cells["full minus GRPO"][:6] == ["-0.250", "+-", "0.000", "-0.500", "+-", "0.000"]  # in pairs: all the same
-    assert shown[-1].split()[:2] == ["GRPO", "-"] and max(map(len, shown)) <= 120
-
-
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_of_the_study_changes_what_it_names(arm):
-    changed = {"GRPO": {"reward_model": "none"}, "untrained judge": {"reward_model": "base"}, "full": {},
-               "no trust": {"trust": "off"}, "no trust, no annealing": {"trust": "off", "anneal": False}}[arm]
-    assert sophia_min.configure(ARMS[arm].split()) == dataclasses.replace(sophia_min.configure([]), **changed)
+    assert shown[1].split()[:5] == ["full", "0.125", "+-0.311", "0.000", "+-0.000"]  # 4.303 / 8 / sqrt(3)
+    assert shown[3].split()[3:7] == ["-0.250", "+-0.000", "-0.500", "+-0.000"]  # in pairs: all the same
+    assert shown[2].split()[-2:] == ["nan", "+-nan"] and max(map(len, shown)) <= 120
+    for flags in ARMS.values():
+        sophia_min.configure(flags.split())
+    assert sophia_min.configure(["--model", "m", "--data", "d", "--reward_model", "base"]).reward_model == "m"
+    assert sophia_min.configure(["--reward_model", "base"]).reward_model == "base"
 
 
 def test_shifted_questions_are_of_kinds_that_training_never_asks():
@@ -3496,40 +3251,27 @@ def test_shifted_questions_are_of_kinds_that_training_never_asks():
 
 # side of the picture in pixels, forced response tokens, steps, goals: TRL's seconds and memory over ours
 BENCH = {"prompt-heavy": (840, 64, 3, 6.0, 3.0), "response-heavy": (112, 256, 4, 1.15, 1.0)}
+MILLIONS = (dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8),
+            dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=256))  # 4.6
 
 
-def shaped_model(text, vision, dtype=torch.float32, device="cpu"):
-    """(random weights in a shape, the toy's tokenizer and image processor)"""
-    toy, processor = data.toy_model(0)
-    config = toy.config.to_dict()
-    config["text_config"] |= text
-    config["vision_config"] |= vision
-    del config["text_config"]["layer_types"]
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig.from_dict(config), dtype=dtype).eval()
-    model.generation_config = toy.generation_config
-    return model, processor
+def one_question(folder, shape, side, tokens, dtype=torch.float32, device="cpu"):
+    """What `train_step` wants for eight responses of one length to a picture of noise: policy, reference, Processor,
+    Example, Config."""
+    policy, processor = shaped_model(*shape, dtype, device)
+    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(folder / "x.png")
+    example = data.Example("x", "How many?", "numerical", (), "2", str(folder / "x.png"), "bench")
+    config = dataclasses.replace(road_config(), group_size=8, questions_per_step=1, micro_batch=8, lr=1e-6,
+                                 kl_coef=0.04, max_new_tokens=tokens, min_new_tokens=tokens, device=device)
+    return policy, copy.deepcopy(policy).requires_grad_(False), processor, example, config
 
 
-def bench_model(folder):
-    """A Qwen2.5-VL of 4.6 million parameters with the toy's tokenizer, saved in `folder`."""
-    model, processor = shaped_model(
-        dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8),
-        dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=256))
-    data.save_folder(folder, model, processor)
-    return processor
-
-
-def trl_trainer(folder, processor, example, tokens, steps, between):
-    """TRL's GRPOTrainer on one question, its prompt tokens ours; between(seconds) is called after each of its steps."""
+def trl_trainer(policy, processor, prompt, tokens, folder):
+    """TRL's GRPOTrainer of a copy of the policy on one question, with our tokens of its prompt."""
     import datasets
     import trl
-    from transformers import BatchFeature, ProcessorMixin, TrainerCallback
-
-    prompt = processor.question(example)
-    ids = prompt.ids
-    is_image = (torch.tensor([ids]) == processor.image_token).int()
+    from transformers import BatchFeature, ProcessorMixin
 
     class Ready(ProcessorMixin):  # hands out the prompt that is made already: no time of TRL's goes into pictures
         def __init__(self):
@@ -3537,51 +3279,42 @@ def trl_trainer(folder, processor, example, tokens, steps, between):
             self.chat_template = processor.tokenizer.chat_template
 
         def __call__(self, text=None, **_):
-            n = len(text)
+            ids = torch.tensor([prompt.ids] * len(text))
             return BatchFeature({
-                "input_ids": torch.tensor([ids] * n), "attention_mask": torch.ones(n, len(ids)).long(),
-                "mm_token_type_ids": is_image.repeat(n, 1), "pixel_values": prompt.pixel_values.repeat(n, 1),
-                "image_grid_thw": prompt.grid.repeat(n, 1)})
+                "input_ids": ids, "attention_mask": torch.ones_like(ids),
+                "mm_token_type_ids": (ids == processor.image_token).int(),
+                "pixel_values": prompt.pixel_values.repeat(len(text), 1),
+                "image_grid_thw": prompt.grid.repeat(len(text), 1)})
 
         def apply_chat_template(self, conversation, tokenize=False, **_):
-            if not tokenize:
-                return "prompt"
-            batch = self(conversation)
-            of_tokens = ("input_ids", "attention_mask", "mm_token_type_ids")
-            return {name: value.tolist() if name in of_tokens else value for name, value in batch.items()}
+            return {name: value if name in ("pixel_values", "image_grid_thw") else value.tolist()
+                    for name, value in self(conversation).items()} if tokenize else "prompt"
 
         def save_pretrained(self, *_, **__):
             pass
 
-    class Alternate(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *_, **__):
-            between(time.perf_counter() - self.start)
-
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    rows = [{"prompt": [{"role": "user", "content": "x"}], "image": Image.new("RGB", (28, 28))}] * 64
+    policy.save_pretrained(folder)
+    model = type(policy).from_pretrained(folder, dtype=torch.float32)
+    rows = [{"prompt": [{"role": "user", "content": "x"}], "image": Image.new("RGB", (28, 28))}] * 8
     arguments = trl.GRPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=8,
+        output_dir=str(folder), use_cpu=True, bf16=False, per_device_train_batch_size=8, num_generations=8,
         gradient_accumulation_steps=1, gradient_checkpointing=False, max_completion_length=tokens, beta=0.04,
         loss_type="grpo", use_bias_correction_kl=False, temperature=1.0, top_p=1.0, top_k=0, learning_rate=1e-6,
-        max_grad_norm=4.0, max_steps=steps, report_to="none", save_strategy="no", logging_steps=1000, disable_tqdm=True,
-        model_init_kwargs=None, generation_kwargs={
-            "min_new_tokens": tokens, "suppress_tokens": sophia_min.vision_ids(model).tolist()})
-
-    def rewards(completions, **_):
-        return [n % 3 / 2 for n in range(len(completions))]
-
-    return trl.GRPOTrainer(model=model, reward_funcs=rewards, args=arguments, callbacks=[Alternate()],
-                           train_dataset=datasets.Dataset.from_list(rows), processing_class=Ready())
+        report_to="none", model_init_kwargs=None, generation_kwargs={
+            "min_new_tokens": tokens, "suppress_tokens": sophia_min.vision_ids(policy).tolist()})
+    trainer = trl.GRPOTrainer(model=model, args=arguments, processing_class=Ready(),
+                              train_dataset=datasets.Dataset.from_list(rows),
+                              reward_funcs=lambda completions, **_: [n % 3 / 2 for n in range(len(completions))])
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.create_optimizer()
+    return trainer
 
 
 def peak_memory(step):
     """GB that a step needs at its peak above what is held before it (Linux)."""
     def resident(name):
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines()
-                    if line.startswith(name)) / 2 ** 20
+        status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status[name].split()[0]) / 2 ** 20
 
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -3596,61 +3329,48 @@ def peak_memory(step):
 def test_faster_than_trl(tmp_path, shape, monkeypatch):
     """Seconds a step and peak memory against TRL's GRPOTrainer, steps in turn: same weights, prompt tokens and number
     of response tokens, eight responses, KL 0.04, one thread. First, on the same responses, the same gradients."""
-    side, tokens, steps, faster, smaller = BENCH[shape]
-    processor = bench_model(tmp_path / "model")
-    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "x.png")
-    example = data.Example("x", "How many?", "numerical", (), "2", str(tmp_path / "x.png"), "bench")
-    config = dataclasses.replace(road_config(), group_size=8, questions_per_step=1, micro_batch=8, lr=1e-6,
-                                 kl_coef=0.04, max_new_tokens=tokens, min_new_tokens=tokens, reward_model="none")
-    policy = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    reference, optimizer = copy.deepcopy(policy).requires_grad_(False), sophia_min.MasterAdamW(policy, config.lr)
-    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    seconds = {"ours": [], "TRL": []}
-
-    def ours():
-        start = time.perf_counter()
-        line, _ = sophia_min.train_step(1, policy, reference, None, optimizer, processor, [example], config)
-        seconds["ours"].append(time.perf_counter() - start)
-        assert line["length"] == tokens and not line["zero_groups"]
-
-    def between(trl_seconds):
-        seconds["TRL"].append(trl_seconds)
-        ours()
-
-    trainer = trl_trainer(tmp_path / "model", processor, example, tokens, steps, between)
-    trainable = [{name: weight.shape for name, weight in model.named_parameters() if weight.requires_grad}
-                 for model in (policy, trainer.model)]
-    assert trainable[0] == trainable[1]
+    side, tokens, times, faster, smaller = BENCH[shape]
+    policy, reference, processor, example, config = one_question(tmp_path, MILLIONS, side, tokens)
+    prompt = processor.question(example)
+    trainer = trl_trainer(policy, processor, prompt, tokens, tmp_path / "trl")
+    rows = [trainer.train_dataset[0]] * 8
 
     # the same gradients on the responses that TRL has sampled
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = trainer._prepare_inputs([trainer.train_dataset[0]] * 8)
+    inputs, kept = trainer._prepare_inputs(rows), GradientsOnly(policy)
     trainer._compute_loss(trainer.model, inputs).backward()
-    theirs = {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.grad is not None}
+    theirs = {name: weight.grad.clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
     trainer.model.zero_grad()
     trainer._step = 0
-    prompts = [processor.question(example)]
-    assert inputs["prompt_ids"][0].tolist() == prompts[0].ids
-    assert inputs["completion_ids"].shape == (8, tokens)
-    batch = sophia_min.Rollout([example], prompts, inputs["completion_ids"], inputs["completion_mask"], [""] * 8, 0)
-    kept = GradientsOnly(policy)
-    free = dataclasses.replace(config, min_new_tokens=0)
+    assert inputs["prompt_ids"][0].tolist() == prompt.ids and inputs["completion_ids"].shape == (8, tokens)
+    batch = sophia_min.Rollout([example], [prompt], inputs["completion_ids"], inputs["completion_mask"], [""] * 8, 0)
     with monkeypatch.context() as patch:  # TRL masks no ids in its log-probabilities
         patch.setattr(sophia_min, "vision_ids", lambda model: torch.tensor([], dtype=torch.long))
-        sophia_min.update(policy, reference, kept, batch, inputs["advantages"], free)
+        sophia_min.update(policy, reference, kept, batch, inputs["advantages"],
+                          dataclasses.replace(config, min_new_tokens=0))
     gap = relative_error(kept.kept[0], theirs)
-    print(f"\n{shape}: {len(prompts[0].ids)} prompt and 8 x {tokens} response tokens; same gradients to {gap:.1g}")
+    print(f"\n{shape}: {len(prompt.ids)} prompt and 8 x {tokens} response tokens; same gradients to {gap:.1g}")
     assert gap < 1e-5
 
-    memory = {}
-    rows = [trainer.train_dataset[0]] * 8
-    for name, step in (("ours", ours), ("TRL", lambda: trainer.training_step(trainer.model, rows, None))):
-        memory[name] = peak_memory(step)
-    seconds["ours"].clear()
-    trainer.train()
-    median = {name: sorted(values[1:])[len(values[1:]) // 2] for name, values in seconds.items()}
+    optimizer, seconds = sophia_min.MasterAdamW(policy, config.lr), {"TRL": [], "ours": []}
+    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
+
+    def ours():
+        line, _ = sophia_min.train_step(1, policy, reference, None, optimizer, processor, [example], config)
+        assert line["length"] == tokens and not line["zero_groups"]
+
+    def trls():
+        trainer.training_step(trainer.model, rows, None)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    memory = {name: peak_memory(step) for name, step in (("TRL", trls), ("ours", ours))}
+    for _ in range(times):
+        for name, step in (("TRL", trls), ("ours", ours)):
+            start = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
     for name in ("TRL", "ours"):
         print(f"  {name:<5} {median[name]:6.2f} s a step, {memory[name]:5.2f} GB above the start of the step")
     faster_by, smaller_by = (found["TRL"] / found["ours"] for found in (median, memory))
@@ -3658,77 +3378,26 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
     assert faster_by > faster and smaller_by > smaller
 
 
-@pytest.mark.bench
-def test_how_the_cost_of_a_step_grows(tmp_path, monkeypatch):
-    """Seconds of rollout and update when one thing doubles: the prompt is shared, so its cost doesn't grow with G."""
-    processor = bench_model(tmp_path / "model")
-    policy = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
-    reference, optimizer = copy.deepcopy(policy).requires_grad_(False), sophia_min.MasterAdamW(policy, 1e-6)
+@pytest.mark.parametrize("shape, device, side, tokens", [
+    pytest.param(QWEN_3B, "cuda", 896, 512, id="the_shape_of_3b", marks=[pytest.mark.gpu, pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device")]),
+    pytest.param((dict(num_hidden_layers=2), dict(depth=1, fullatt_block_indexes=[0])), "cpu", 112, 12, id="small")])
+def test_two_steps_on_one_device(tmp_path, monkeypatch, shape, device, side, tokens):
+    """What only a GPU can show, python -m pytest -q -m gpu -s: two steps in bf16, eight responses, with a reference and
+    a judge of the same shape. In a small shape it runs on a CPU."""
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    threads, base = torch.get_num_threads(), dict(prompt=484, response=64, responses=8, questions=1)
-    torch.set_num_threads(1)
-
-    def measured(prompt, response, responses, questions):
-        side, path = round(math.sqrt(prompt)) * 28, tmp_path / f"{prompt}.png"
-        noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(path)
-        config = dataclasses.replace(road_config(), group_size=responses, questions_per_step=questions, micro_batch=16,
-                                     max_new_tokens=response, min_new_tokens=response, reward_model="none")
-        examples = [data.Example(str(n), "How many?", "numerical", (), "2", str(path), "b") for n in range(questions)]
-        lines = [sophia_min.train_step(1, policy, reference, None, optimizer, processor, examples, config)[0]
-                 for _ in range(4)][1:]
-        return {name: statistics.median(line[name] for line in lines)
-                for name in ("prompt_tokens", "sec_rollout", "sec_update", "tokens_per_sec")}
-
-    print(f"\n{'':<28}{'prompt':>8}{'rollout':>9}{'update':>9}{'tokens/s':>10}")
-    found = {}
-    for name, more in {"base: 8 responses of 64": {}, "twice the prompt": {"prompt": 961},
-                       "twice the response": {"response": 128}, "twice the responses": {"responses": 16},
-                       "twice the questions": {"questions": 2}}.items():
-        found[name] = line = measured(**{**base, **more})
-        print(f"{name:<28}{line['prompt_tokens']:>8.0f}{line['sec_rollout']:>8.2f}s{line['sec_update']:>8.2f}s"
-              f"{line['tokens_per_sec']:>10.0f}")
-    torch.set_num_threads(threads)
-    seconds = {name: line["sec_rollout"] + line["sec_update"] for name, line in found.items()}
-    assert seconds["twice the responses"] < 1.9 * seconds["base: 8 responses of 64"]
-
-
-# what only a GPU can show: python -m pytest -q -m gpu -s
-
-
-def two_steps(shape, device, dtype, side, tokens, folder):
-    """Log lines of two full GRPO steps, eight responses, with a reference and a judge of the same shape."""
-    policy, processor = shaped_model(*shape, dtype=dtype, device=device)
-    reference, judge = (copy.deepcopy(policy).requires_grad_(False) for _ in range(2))
-    judge = reward_model.ThinkingRewardModel(judge, processor)
-    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(folder / "x.png")
-    example = data.Example("x", "How many?", "numerical", (), "2", str(folder / "x.png"), "gpu")
-    config = dataclasses.replace(road_config(), group_size=8, questions_per_step=1, micro_batch=4, lr=5e-7,
-                                 kl_coef=0.04, max_new_tokens=tokens, min_new_tokens=tokens, device=device)
+    policy, reference, processor, example, config = one_question(tmp_path, shape, side, tokens, torch.bfloat16, device)
+    judge = sophia_min.ThinkingRewardModel(copy.deepcopy(reference), processor)
     optimizer = sophia_min.MasterAdamW(policy, config.lr, offload=device == "cuda")
     print(f"\nself-test: {sophia_min.self_test(policy, processor, [example], config):.2g} nats a token")
-    return [sophia_min.train_step(step, policy, reference, judge, optimizer, processor, [example], config)[0]
-            for step in (1, 2)]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_two_steps_in_the_shape_of_3b_on_one_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    lines = two_steps(QWEN_3B, "cuda", torch.bfloat16, 896, 512, tmp_path)
-    print(torch.cuda.get_device_name(), "\n".join(json.dumps(
-        {name: line[name] for name in line if "sec" in name or name == "prompt_tokens"}) for line in lines), sep="\n")
-    print(f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB on the card")
-    assert all(line["length"] == 512 and line["prompt_tokens"] > 1000 for line in lines)
-    assert torch.cuda.max_memory_allocated() < 80e9
-
-
-def test_the_gpu_test_runs_in_a_small_shape(tmp_path, monkeypatch):
-    monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    small = (dict(num_hidden_layers=2), dict(depth=1, fullatt_block_indexes=[0]))
-    lines = two_steps(small, "cpu", torch.bfloat16, 112, 12, tmp_path)
-    assert all(line["length"] == 12 and line["grad_norm"] > 0 for line in lines)
+    for step in (1, 2):
+        line, _ = sophia_min.train_step(step, policy, reference, judge, optimizer, processor, [example], config)
+        print({name: line[name] for name in line if "sec" in name or name == "prompt_tokens"})
+        assert line["length"] == tokens and line["grad_norm"] > 0 and line["prompt_tokens"] > (side / 28) ** 2
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e9
+        print(f"{torch.cuda.get_device_name()}: peak {peak:.1f} GB on the card")
+        assert peak < 80
 
 
 # ---------------------------------------------------------------- the instrument: five kinds of response
@@ -3832,41 +3501,37 @@ def test_the_advantage_of_a_right_answer_in_closed_form(alpha, trust):
 # EXERCISE=mine.py python -m pytest -q -k exercise_04     checks your own; without EXERCISE, that a blank fails and the
 # solution passes. The solutions stand at the very end of this file.
 
-BLANK = "def __getattr__(name):\n    return lambda *args, **more: None\n"
+
+class Blank:
+    def __getattr__(self, name):
+        return lambda *args, **more: None
 
 
 def check_exercise_01(mine):
     """trust_weight(outcome, thinking): gamma of Eq. 1-3. Right means R^o >= 0.5; mu_c and mu_w are the mean thinking
     rewards of right and wrong answers; gamma is exp(mu_c - mu_w) where mu_c < mu_w, else 1."""
-    for seed in range(50):
-        rng = random.Random(seed)
+    rng = random.Random(0)
+    for _ in range(50):
         outcome, thinking = [rng.choice((0, 0.4, 0.5, 1)) for _ in range(6)], [rng.random() for _ in range(6)]
-        gamma = gamma_from_paper(outcome, thinking)
-        assert float(mine.trust_weight(outcome, thinking)) == pytest.approx(gamma), (outcome, thinking)
+        assert float(mine.trust_weight(outcome, thinking)) == pytest.approx(gamma_from_paper(outcome, thinking))
 
 
 def check_exercise_02(mine):
     """two_groups(): a group of 0/1 outcomes whose gamma is below 0.5 by the paper and 1 as released, and a group whose
-    gamma is below 1 as released, too."""
-    for n, (outcome, thinking) in enumerate(mine.two_groups()):
-        outcome, thinking = doubles(outcome), doubles(thinking)
-        assert ((0 <= thinking) & (thinking <= 1) & (0 <= outcome) & (outcome <= 1)).all()
-        _, released = sophia_min.trusted(outcome, thinking, "released")
-        if n == 0:
-            assert set(outcome.tolist()) <= {0, 1} and released == 1
-            assert sophia_min.trust_weight(outcome, thinking) < 0.5
-    assert n == 1 and released < 1
+    gamma is below 1 as released, too. Each is (outcome, thinking)."""
+    first, second = (tuple(map(doubles, group)) for group in mine.two_groups())
+    assert all(((0 <= values) & (values <= 1)).all() for values in (*first, *second))
+    assert set(first[0].tolist()) <= {0, 1} and sophia_min.trust_weight(*first) < 0.5
+    assert sophia_min.trusted(*first, "released")[1] == 1 > sophia_min.trusted(*second, "released")[1]
 
 
 def check_exercise_03(mine):
     """clip_holds(ratio, advantage, eps): whether Eq. 7 gives this token no gradient (without its KL term)."""
-    ratios = (0.5, 0.79, 0.95, 1.0, 1.1, 1.25, 2.0)
+    ratios, zero = (0.5, 0.79, 0.95, 1.0, 1.1, 1.25, 2.0), doubles([[0]])
     for ratio, advantage, eps in itertools.product(ratios, (-2.0, -0.1, 0.1, 2.0), (0.2, 0.1)):
-        logp = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
-        zero = torch.zeros(1, 1, dtype=torch.float64)
+        logp = doubles([[math.log(ratio)]]).requires_grad_()
         sophia_min.grpo_loss(logp, zero, logp.detach(), doubles([advantage]), zero + 1, eps, 0.0)[0].backward()
-        assert bool(mine.clip_holds(ratio, advantage, eps)) == (logp.grad.item() == 0), (ratio, advantage)
-        assert mine.clip_holds(ratio, advantage, eps) in (True, False)
+        assert mine.clip_holds(ratio, advantage, eps) == (logp.grad.item() == 0), (ratio, advantage)
 
 
 def check_exercise_04(mine):
@@ -3940,22 +3605,17 @@ def check_exercise_11(mine):
     assert {example.problem_type for example in examples} == {"numerical"}
 
 
-def module_of(source):
-    module = types.ModuleType("mine")
-    exec(source, module.__dict__)
-    return module
-
-
 @pytest.mark.parametrize("check", [value for name, value in sorted(globals().items()) if name.startswith("check_exer")],
                          ids=lambda check: check.__name__.removeprefix("check_"))
 def test_exercise(check):
+    source, mine = SOLUTIONS, {}
     if "EXERCISE" in os.environ:
-        path = Path(os.environ["EXERCISE"])
-        check(module_of(path.read_text()) if path.exists() else pytest.fail(f"EXERCISE={path}: there is no such file"))
+        source = Path(os.environ["EXERCISE"]).read_text()
     else:
         with pytest.raises((AssertionError, TypeError, AttributeError, data.DataError)):
-            check(module_of(BLANK))
-        check(module_of(SOLUTIONS))
+            check(Blank())
+    exec(source, mine)
+    check(types.SimpleNamespace(**mine))
 
 
 # ---------------------------------------------------------------- what the toy run shows: last, since it takes minutes
