@@ -3,7 +3,6 @@ import base64
 import difflib
 import fcntl
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -1120,8 +1119,7 @@ def about(example, step):
 
 
 def group_rows(step, examples, groups, gammas, lengths, **columns):
-    """A dict a question, with its responses. groups: texts [Q][G]; gammas [Q], 0 for a group without a score; lengths
-    [N] in tokens; columns: [Q, G] each, NaN for none."""
+    """A dict a question. groups: texts [Q][G]; gammas [Q], 0: no score; lengths [N]; columns [Q, G], NaN: none."""
     columns["tokens"] = lengths.view(len(examples), -1)
     return [about(example, step) | {"gamma": gammas[q] or None, "responses": [
         {"response": text} | {name: None if values[q, i].isnan() else values[q, i].item()
@@ -1150,24 +1148,23 @@ def log_line(step, ranks, anneal, judged, times):
 
 
 def write_step(out, line, groups, config):
-    """What a step leaves: its line in the log, some groups for the report and, if wanted, every response. Every tenth
-    step warns of what would show only to those who look."""
+    """Write a step's line, some groups for the report and, if wanted, every response. Every tenth step warns of what
+    would show only to those who look."""
     append_rows(out / "log.jsonl", [line])
     if config.save_rollouts:
         append_rows(out / "rollouts.jsonl", [
             {name: value for name, value in group.items() if name != "responses"} | response
             for group in groups for response in group["responses"]])
     if line["step"] in (1, config.steps // 2, config.steps):
-        for group in sorted(groups, key=lambda group: group["gamma"] or 1)[:4]:  # the least trusted ones
-            append_rows(out / "groups.jsonl", [{**group, "thumbnail": thumbnail(group["image"])}])
+        shown = sorted(groups, key=lambda group: group["gamma"] or 1)[:4]  # the least trusted ones
+        append_rows(out / "groups.jsonl", [{**group, "thumbnail": thumbnail(group["image"])} for group in shown])
     recent = read_lines(out / "log.jsonl")[-10:] if RANK == 0 and line["step"] % 10 == 0 else []
     unscored, n = sum(past["unscored"] for past in recent), len(recent) * len(groups)
     if unscored > n / 2:
-        tqdm.write(f"WARNING: the reward model gave no usable score for {unscored} of the last {n} groups; try "
-                   "--rm_mode expected, or another --reward_model", file=sys.stderr)
+        tqdm.write(f"WARNING: the reward model gave no usable score for {unscored} of the last {n} groups", sys.stderr)
     if recent and not any(past["format_rate"] for past in recent):
-        tqdm.write("WARNING: no response of the last 10 steps is in the format, so none earns anything; for example "
-                   f"{groups[0]['responses'][0]['response'][:300]!r}", file=sys.stderr)
+        example = groups[0]["responses"][0]["response"][:300]
+        tqdm.write(f"WARNING: no response of the last 10 steps is in the format, as in {example!r}", sys.stderr)
 
 
 # ---------------------------------------------------------------- files that survive a crash
@@ -1175,27 +1172,23 @@ def write_step(out, line, groups, config):
 
 @contextmanager
 def _beside(path):
-    """A folder of this process next to `path`, to write in what will take its place (across disks a rename is a copy).
-    It goes in the end; those of processes that were killed go first."""
-    folder = path.with_name(f".{path.name}.{os.getpid()}.new")
-    shutil.rmtree(folder, ignore_errors=True)  # a killed one may have had this number
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
-        try:
-            os.kill(int(leftover.suffixes[-2][1:]), 0)  # signal 0 only asks whether the process lives
-        except ProcessLookupError:
-            shutil.rmtree(leftover, ignore_errors=True)
-        except (ValueError, OverflowError, PermissionError):  # no name of ours; another user's process
-            pass
-    folder.mkdir(parents=True)
+    """A folder next to `path` to write in what will take its place: across disks a rename would be a copy. One process
+    at a time has it, and what a killed one has left there goes first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, parent = path.with_name(f".{path.name}.new"), os.open(path.parent, os.O_RDONLY)
     try:
+        with suppress(OSError):  # NFS locks no folders
+            fcntl.flock(parent, fcntl.LOCK_EX)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(parent)
 
 
 def write_atomic(path, content):
-    """Write bytes, text (as UTF-8), or what content(file) writes: a crash leaves the old file or the new one. Raises
-    OSError."""
+    """Write bytes, text (as UTF-8), or what content(file) writes: a crash leaves the old file or the new one."""
     if RANK > 0:
         return
     with _beside(Path(path)) as folder:
@@ -1250,23 +1243,17 @@ def cut_log(out, step):
 
 def save_folder(folder, model, processor, weights=None):
     """Model (or other `weights`) and processor in Hugging Face format, with SHA256SUMS, whole in place of what was
-    there. Of processes that save the same folder at once, one wins. Raises OSError."""
+    there. Raises OSError."""
     if RANK > 0:
         return
-    folder = Path(folder)
-    with _beside(folder) as beside:
-        new, old = beside / "new", beside / "old"
+    with _beside(Path(folder)) as beside:
+        new = beside / "new"
         model.save_pretrained(new, state_dict=weights)
         processor.save_pretrained(new)
         write_atomic(new / "SHA256SUMS", "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(new.iterdir())))
         with suppress(FileNotFoundError):  # there is none yet
-            os.replace(folder, old)
-        try:
-            os.replace(new, folder)
-        except OSError:
-            if not folder.exists():  # else another process has put its own there
-                os.replace(old, folder)
-                raise
+            os.replace(folder, beside / "old")
+        os.replace(new, folder)
 
 
 def check_folder(folder):
@@ -1283,22 +1270,19 @@ def _sha256(path):
 
 
 def lock(folder):
-    """A lock on a run's folder, made if need be: one process alone writes there until it closes this file, or ends.
-    Raises DataError if another one holds it, or if the folder can't be written."""
+    """A lock on a run's folder, made if need be: one process alone writes there until it closes this file, or ends."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder, f".lock{RANK or ''}"), "w")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(f"--out {folder}: another run is writing there; choose another") from error
     except OSError as error:
-        raise DataError(f"--out {folder}: can't be written: {error}") from error
+        why = "another run is writing there" if isinstance(error, BlockingIOError) else f"can't be written: {error}"
+        raise DataError(f"--out {folder}: {why}; choose another") from error
     return file
 
 
 def read_checkpoint(path):
-    """A saved state; a damaged one ends the run in one line. (torch reads flipped bits in silence, but its zip format
-    has checksums.)"""
+    """A saved state; a damaged one ends the run: torch reads flipped bits in silence, its zip format has checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
@@ -1385,8 +1369,7 @@ thinking scored 0.5 or more</span> <span class=mistrusted>gamma below 1: wrong a
 
 
 def write_report(out):
-    """report.html from what a run left in `out`: one self-contained page; without matplotlib it says what is missing in
-    the place of the curves."""
+    """report.html, one self-contained page, from what a run left in `out`."""
     if RANK > 0:
         return
     out, log = Path(out), read_lines(Path(out) / "log.jsonl")
@@ -1408,10 +1391,10 @@ def write_report(out):
     parts = [PAGE, f"<h1>sophia_min: {escape(out.name)}</h1><p>{escape(chosen)}<h2>Held-out questions</h2>",
              f"<pre>{escape(table(evaluation))}</pre><h2>Training, by step</h2>", curves, LEGEND]
     for group in read_lines(out / "groups.jsonl"):
-        asked, gamma = escape(" ".join([group["problem"], *group["options"]])), group["gamma"]
-        trust = "not scored" if gamma is None else (
-            f"<span class={'mistrusted' if gamma < 1 else 'trusted'}>gamma {gamma:.2f}</span>")
-        parts += [f"<section><h3>step {group['step']}: {asked} (truth: {escape(group['solution'])}) {trust}</h3>",
+        gamma, asked = group["gamma"], " ".join([group["problem"], *group["options"], f"(truth: {group['solution']})"])
+        trust = "not scored" if gamma is None else f"gamma {gamma:.2f}"
+        kind = "mistrusted" if gamma and gamma < 1 else "trusted"
+        parts += [f"<section><h3>step {group['step']}: {escape(asked)} <span class={kind}>{trust}</span></h3>",
                   _inline(group["thumbnail"]), "<table><tr><th>response<th>R^o<th>R^t<th>R<th>A"]
         for response in group["responses"]:
             right, thinking = response["outcome"] >= 0.5, response["thinking"]

@@ -225,15 +225,16 @@ def agreement(rows, scores):
     flawed, in all rows and in parts of them; by fault: faultless above those with this fault."""
     n, scored = len(rows), [(row, score) for row, score in zip(rows, scores) if not math.isnan(score)]
     rows, scores = [row for row, _ in scored], np.array([score for _, score in scored])
-    labels, kinds = np.array([row["score"] for row in rows]), sorted({row["problem_type"] for row in rows})
-    tenths, spread = np.array([interval(score) for score in scores]), len(set(labels)) > 1 and len(set(scores)) > 1
+    labels, tenths = np.array([row["score"] for row in rows]), np.array([interval(score) for score in scores])
 
     def where(holds):
         return np.array([holds(row) for row in rows], bool)
 
     sound, right = labels >= data.SOUND, where(lambda row: row.get("outcome", math.nan) >= 0.5)
+    spread = len(set(labels)) > 1 and len(set(scores)) > 1
     parts = {"auc": sound | True, "auc of right answers": right, "auc of wrong answers": ~right,
-             **{f"auc, {kind}": where(lambda row: row["problem_type"] == kind) for kind in kinds}}
+             **{f"auc, {kind}": where(lambda row: row["problem_type"] == kind)
+                for kind in sorted({row["problem_type"] for row in rows})}}
     found = {"n": n, "unscored": 1 - len(rows) / n, "mae": np.abs(scores - labels).mean() if rows else None,
              "spearman": np.corrcoef(ranks(labels), ranks(scores))[0, 1] if spread else 0.0,
              **{name: auc(scores[part & sound], scores[part & ~sound]) for name, part in parts.items()}}
@@ -271,8 +272,7 @@ def example_of(row):
 
 
 def labels_of(groups, judge, rm_mode, rm_prompt, device, max_pixels):
-    """For each question's rows (rows, their labels): {"score": NaN for none}, from the oracle "critique" and "faults",
-    too. judge: toy (the oracle), a Hugging Face id or a folder."""
+    """For each question's rows (rows, labels): {"score"}, NaN for none; the oracle adds "critique" and "faults"."""
     model = None if judge == "toy" else ThinkingRewardModel(
         *load(judge, Config(device=device, max_pixels=max_pixels)), rm_mode, rm_prompt)
     for group in progress(groups, desc=f"scores of {judge}"):
@@ -307,7 +307,7 @@ def annotate(rows: str, judge: str, out: str, rm_mode: MODES = None, rm_prompt: 
         data.append_rows(out, labelled)
         unscored += len(group) - len(labelled)
     print(f"{len(data.read_lines(out))} of {len(wanted)} responses have a score ({len(done)} had one before), "
-          f"{unscored} were left out because the judge wrote no usable one: {out}")
+          f"{unscored} were left out, as the judge wrote none: {out}")
 
 
 def balance(rows: str, out: str, per_interval: int = 15000, longest: int = 4000, seed: int = 0):
@@ -316,9 +316,9 @@ def balance(rows: str, out: str, per_interval: int = 15000, longest: int = 4000,
     fit = filter_rows(before, longest)
     after = balance_by_score(fit, per_interval, seed)
     write_rows(out, after)
-    print(data.columns({name: {**{f"from {n / 10}": sum(interval(row["score"]) == n for row in part)
-                                  for n in range(11)}, "all": len(part)}
-                        for name, part in {"before": before, "fit": fit, "after": after}.items()}, {"all": out}))
+    counts = {name: {f"from {n / 10}": sum(interval(row["score"]) == n for row in part) for n in range(11)}
+              | {"all": len(part)} for name, part in {"before": before, "fit": fit, "after": after}.items()}
+    print(data.columns(counts, {"all": out}))
 
 
 def is_held_out(row):
@@ -350,21 +350,20 @@ def train_command(rows: str, model: str, out: str, rm_mode: MODES = "generate", 
 def eval_command(rows: str, judge: list, out: str = "eval", rm_mode: MODES = None, rm_prompt: str = None,
                  device: str = "auto", max_pixels: int = 1003520):
     """Judges against labels that they weren't trained on: a table and, as --out.json, the same."""
-    groups = by_question(read_rows(rows, "score"))
-    labelled, results = [row for group in groups for row in group], {}
+    groups, results = by_question(read_rows(rows, "score")), {}
+    labelled = [row for group in groups for row in group]
     for name in judge:
-        scores = [label["score"] for _, labels in labels_of(groups, name, rm_mode, rm_prompt, device, max_pixels)
-                  for label in labels]
-        results[name] = agreement(labelled, scores)
-    constant = float(np.median([row["score"] for row in labelled]))
-    results["a constant"] = agreement(labelled, [constant] * len(labelled))
+        answers = labels_of(groups, name, rm_mode, rm_prompt, device, max_pixels)
+        results[name] = agreement(labelled, [label["score"] for _, labels in answers for label in labels])
+    constant = [np.median([row["score"] for row in labelled])] * len(labelled)
+    results["a constant"] = agreement(labelled, constant)
     data.write_json(f"{out}.json", results)
     print(f"{data.columns(results)}\n{out}.json")
 
 
 HELP = {
     "runs": "folders of runs", "rows": "JSON lines", "out": "what to write (annotate: or to go on with)",
-    "held_out": "greedy answers to questions that the run held out, for eval, instead of what it trained on",
+    "held_out": "answers to questions that the run held out, for eval, instead of what it trained on",
     "judge": "toy (the oracle), Hugging Face ids or folders", "model": "what to start from: an id or a folder",
     "rm_mode": "as in sophia_min.py; left out: as it was trained, else generate", "max_pixels": "of pictures",
     "rm_prompt": "file with a judge's prompt of your own, see the README", "device": "auto, cpu, cuda or cuda:N",
@@ -380,20 +379,18 @@ KINDS = {str: {}, int: {"type": int}, float: {"type": float}, list: {"nargs": "+
 
 def main(argv=None):
     """python reward_model.py collect|annotate|balance|train|eval"""
-    parser = data.Parser(prog="reward_model.py", description=
-                    "From the responses of a run to a thinking reward model (paper, section 3.2), and how good it is.")
+    parser = data.Parser(prog="reward_model.py", description="From a run's responses to a thinking reward model.")
     commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(run=function)
         for option, given in inspect.signature(function).parameters.items():
-            required = given.default is given.empty
             kind = KINDS[given.annotation] | {"help": HELP[option]}
             if option in ("runs", "rows"):
                 command.add_argument(option, **kind)
             else:
-                default = SUPPRESS if required or given.default is None else given.default  # of no use in --help
-                command.add_argument(f"--{option}", required=required, default=default, **kind)
+                default = SUPPRESS if given.default in (given.empty, None) else given.default  # the function has None
+                command.add_argument(f"--{option}", required=given.default is given.empty, default=default, **kind)
     args = vars(parser.parse(argv))
     try:
         args.pop("run")(**args)
