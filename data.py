@@ -1265,7 +1265,7 @@ def check_folder(folder):
 
 
 def _sha256(path):
-    with open(path if path.exists() else os.devnull, "rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -1362,10 +1362,12 @@ section{border:1px solid #ddd;padding:1em;margin:1em 0}section>img{min-width:112
 td,th{padding:.3em .7em;text-align:left;vertical-align:top}span{padding:.1em .5em}
 .right{background:#dff2df}.wrong{background:#eee}.lucky{background:#ffd98a}.praised{background:#f7c4c4}
 .mistrusted{background:#b3261e;color:#fff}</style>"""
+IMAGE = "<img src='data:image/png;base64,{}'>"
 LEGEND = """<h2>Some groups</h2><p><span class=right>right, thinking scored 0.5 or more</span>
-<span class=lucky>right, but thinking scored below</span> <span class=wrong>wrong</span> <span class=praised>wrong, but
-thinking scored 0.5 or more</span> <span class=mistrusted>gamma below 1: wrong answers got the better thinking scores
-</span><p>R^o: outcome, R^t: thinking, R: both (Eq. 5), A: advantage (Eq. 6). The lowest gammas of each step shown."""
+<span class=lucky>right, but thinking scored below</span> <span class=wrong>wrong</span>
+<span class=praised>wrong, but thinking scored 0.5 or more</span>
+<span class=mistrusted>gamma below 1: wrong answers got the better thinking scores</span>
+<p>R^o: outcome, R^t: thinking, R: both (Eq. 5), A: advantage (Eq. 6). The lowest gammas of each step shown."""
 
 
 def write_report(out):
@@ -1384,7 +1386,7 @@ def write_report(out):
 
     try:
         png = base64.b64encode(plot([functools.partial(curve, name) for name in CURVES])).decode()
-        curves = f"<p>Pale: each step; dark: the mean over {2 * half + 1} steps around it.<p>{_inline(png)}"
+        curves = f"<p>Pale: each step; dark: the mean over {2 * half + 1} steps around it.<p>{IMAGE.format(png)}"
     except ImportError as error:
         curves = f"<p>No curves, as matplotlib can't be imported ({escape(str(error))}): pip install matplotlib"
     chosen = ", ".join(f"{name} {settings[name]}" for name in "model reward_model trust alpha steps seed".split())
@@ -1395,17 +1397,13 @@ def write_report(out):
         trust = "not scored" if gamma is None else f"gamma {gamma:.2f}"
         kind = "mistrusted" if gamma and gamma < 1 else "trusted"
         parts += [f"<section><h3>step {group['step']}: {escape(asked)} <span class={kind}>{trust}</span></h3>",
-                  _inline(group["thumbnail"]), "<table><tr><th>response<th>R^o<th>R^t<th>R<th>A"]
+                  IMAGE.format(group["thumbnail"]) if group["thumbnail"] else "",
+                  "<table><tr><th>response<th>R^o<th>R^t<th>R<th>A"]
         for response in group["responses"]:
-            right, thinking = response["outcome"] >= 0.5, response["thinking"]
-            praised = right if thinking is None else thinking >= 0.5
-            kind = {(1, 1): "right", (1, 0): "lucky", (0, 1): "praised", (0, 0): "wrong"}[right, praised]
             numbers = [response[name] for name in ("outcome", "thinking", "reward", "advantage")]
+            right, praised = numbers[0] >= 0.5, (numbers[0] if numbers[1] is None else numbers[1]) >= 0.5
+            kind = {(1, 1): "right", (1, 0): "lucky", (0, 1): "praised", (0, 0): "wrong"}[right, praised]
             cells = [escape(response["response"]), *("-" if n is None else f"{n:.2f}" for n in numbers)]
             parts.append(f"<tr class={kind}><td>" + "<td>".join(cells))
         parts.append("</table></section>")
     write_atomic(out / "report.html", "\n".join(parts))
-
-
-def _inline(png):
-    return f"<img src='data:image/png;base64,{png}'>" if png else ""

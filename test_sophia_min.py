@@ -835,13 +835,6 @@ def test_filter_rows():
     assert reward_model.filter_rows(rows, longest=len(good)) == [rows[i] for i in (0, 2, 8)]
 
 
-def test_pad():
-    for side, *expected in [("left", [[9, 5, 6], [1, 2, 3]], [[0, 1, 1], [1, 1, 1]]),
-                            ("right", [[5, 6, 9], [1, 2, 3]], [[1, 1, 0], [1, 1, 1]])]:
-        assert [tensor.tolist() for tensor in reward_model.pad([(5, 6), [1, 2, 3]], side, 9)] == expected
-        assert reward_model.pad([[1], []], side)[0].tolist() == [[1], [0]]
-
-
 # ---------------------------------------------------------------- section 3.4: Eq. 1-6, against loops from the paper
 
 INF, NAN = math.inf, math.nan
@@ -1268,7 +1261,7 @@ def test_write_atomic(tmp_path, monkeypatch):
     (tmp_path / "plain").touch()
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # not 0600
     monkeypatch.setattr(os, "fsync", broken)
-    for content, error in [(lambda file: file.write(b"half") and 1 / 0, "zero"), ("\ud800", "encode"), ("half", "full")]:
+    for content, error in [(lambda file: file.write(b"no") and 1 / 0, "zero"), ("\ud800", "encode"), ("no", "full")]:
         with pytest.raises((ZeroDivisionError, UnicodeEncodeError, OSError), match=error):
             data.write_atomic(path, content)
     monkeypatch.setattr(data, "RANK", 1)  # rank 0 alone writes
@@ -1343,7 +1336,8 @@ def test_damaged_files_are_named(tmp_path):
                             (lambda: (folder / "more").touch(), None),
                             (lambda: open(folder / "SHA256SUMS", "a").write("a foreign line\n"), None),
                             (lambda: (folder / "m").write_text("none"), "^m changed since"),
-                            (lambda: (folder / "p").unlink(), "^m, p changed since")]:
+                            (lambda: (folder / "p").write_text("none"), "^m, p changed since"),
+                            (lambda: (folder / "m").unlink(), "No such file.*model/m")]:
         damage()
         with pytest.raises(OSError, match=message) if message else contextlib.nullcontext():
             data.check_folder(folder)
@@ -2299,6 +2293,7 @@ ROWS, NO_SCORE = "--out x rows.jsonl", "rows.jsonl: row 1 (toy-train-0-0): score
     *((f"balance {ROWS}", {"score": score}, NO_SCORE + repr(score)) for score in ("0.5", 3, None, -0.1, True)),
     (f"annotate --judge toy {ROWS}", {"id": "17"}, "17: is no question of the toy world, whose oracle knows no other"),
     (f"annotate --judge nowhere {ROWS}", {}, "nowhere can't be used"),
+    (f"annotate --judge full {ROWS}", {}, "CUDA out of memory. Tried to allocate 2.00 GiB. What helps: --max_pixels"),
     (f"train --rm_mode reason --model start {ROWS}", {}, "rows.jsonl: row 1 (toy-train-0-0): critique: is missing"),
     (f"train --model start {ROWS}", {}, "rows.jsonl: all 2 rows would be held out: add --all_rows, or more rows"),
     (f"balance {ROWS} --per_intervall 3", {}, "--per_intervall: there is no such option; do you mean --per_interval?"),
@@ -2309,6 +2304,8 @@ def test_what_a_command_cant_use_ends_it_in_one_line(toy_rollouts, monkeypatch, 
     rows = [] if changes is None else [{**row, "score": 0.5, **changes} for row in toy_rollouts[0][:2]]
     reward_model.write_rows("rows.jsonl", [{k: v for k, v in row.items() if v is not ...} for row in rows])
     monkeypatch.setattr(reward_model, "is_held_out", lambda row: True)
+    monkeypatch.setattr(reward_model, "load", lambda name, config: (
+        out_of_memory if name == "full" else sophia_min.load)(name, config))
     with pytest.raises(SystemExit) as stop:
         reward_model.main(command.split())
     said = capsys.readouterr().err.strip() if stop.value.code == 2 else str(stop.value)
@@ -2348,12 +2345,6 @@ def test_agreement_by_hand():
     perfect = reward_model.agreement(rows, [row["score"] for row in rows])
     assert perfect["spearman"] == pytest.approx(1) and perfect["auc"] == 1 and perfect["mae"] == 0
     assert reward_model.agreement(rows, [math.nan] * 6)["unscored"] == 1
-
-
-def test_a_full_card_names_what_helps_a_judge(toy_rollouts, monkeypatch):
-    monkeypatch.setattr(reward_model, "load", out_of_memory)
-    with pytest.raises(SystemExit, match="CUDA out of memory. Tried to allocate 2.00 GiB. What helps: --max_pixels"):
-        reward_model.main("annotate a/rollouts.jsonl --judge x --out o".split())
 
 
 # ---------------------------------------------------------------- the whole road, run as a user would
@@ -2469,7 +2460,7 @@ def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypa
 
 @pytest.mark.parametrize("times, status, said, kept", [
     (1, 1, "stopped after step 3", 3), (2, 130, "stopped at once", 2)])
-def test_ctrl_c_ends_after_the_step_a_second_one_at_once(flags, tmp_path, monkeypatch, capsys, times, status, said, kept):
+def test_ctrl_c_ends_after_the_step_two_at_once(flags, tmp_path, monkeypatch, capsys, times, status, said, kept):
     plain, before, out = sophia_min.train_step, signal.getsignal(signal.SIGINT), tmp_path / "out"
 
     def train_step(step, *more):
