@@ -2460,7 +2460,8 @@ def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypa
 
 @pytest.mark.parametrize("times, status, said, kept", [
     (1, 1, "stopped after step 3", 3), (2, 130, "stopped at once", 2)])
-def test_ctrl_c_ends_after_the_step_two_at_once(flags, tmp_path, monkeypatch, capsys, times, status, said, kept):
+def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(flags, tmp_path, monkeypatch, capsys, times, status, said,
+                                                             kept):
     plain, before, out = sophia_min.train_step, signal.getsignal(signal.SIGINT), tmp_path / "out"
 
     def train_step(step, *more):
