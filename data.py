@@ -3,13 +3,11 @@ import base64
 import difflib
 import fcntl
 import functools
-import glob
 import hashlib
 import io
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -488,7 +486,7 @@ def check_lengths(examples, processor, config):
         raise DataError("\n".join([*bad[:20], *more, "Shorten them, lower --max_pixels, raise --max_prompt_tokens, or "
                                    "leave them out with --skip_bad."]))
     for reason in bad:
-        append_line(skipped, json.dumps({"reason": reason}))
+        append_rows(skipped, [{"reason": reason}])
     if bad:
         print(f"left out {len(bad)} rows whose prompts are too long, listed in {skipped}")
     return kept
@@ -1198,115 +1196,87 @@ def about(example, step):
 
 
 def group_rows(step, examples, groups, gammas, lengths, **columns):
-    """A dict a question, with its responses: for the log, the report and rollouts.jsonl. groups: texts [Q][G]; gammas
-    [Q], 0 for a group without a score; lengths [N] in tokens; columns: [Q, G] each, NaN for none."""
-    lengths = lengths.view(len(examples), -1).tolist()
-    columns = {name: [[None if math.isnan(value) else value for value in group] for group in values.tolist()]
-               for name, values in columns.items()}
-    return [{**about(example, step), "gamma": gammas[q] or None, "responses": [
-        {"response": text, **{name: values[q][i] for name, values in columns.items()}, "tokens": lengths[q][i]}
-        for i, text in enumerate(groups[q])]} for q, example in enumerate(examples)]
+    """A dict a question. groups: texts [Q][G]; gammas [Q], 0: no score; lengths [N]; columns [Q, G], NaN: none."""
+    columns["tokens"] = lengths.view(len(examples), -1)
+    return [about(example, step) | {"gamma": gammas[q] or None, "responses": [
+        {"response": text} | {name: None if values[q, i].isnan() else values[q, i].item()
+                              for name, values in columns.items()} for i, text in enumerate(groups[q])]}
+            for q, example in enumerate(examples)]
 
 
 def log_line(step, ranks, anneal, judged, times):
     """(the step's line for log.jsonl, the groups of all processes) from each process's (group_rows, metrics)."""
     groups = [group for rows, _ in ranks for group in rows]
     responses = [response for group in groups for response in group["responses"]]
-    outcomes = [response["outcome"] for response in responses]
-    scores = [response["thinking"] for response in responses if response["thinking"] is not None]
+    outcomes, scores, tokens = ([response[name] for response in responses if response[name] is not None]
+                                for name in ("outcome", "thinking", "tokens"))
     gammas = [group["gamma"] for group in groups if group["gamma"] is not None]
-    rollout, score, update = (end - start for start, end in zip(times, times[1:]))
-    metrics = {name: fmean(metrics[name] for _, metrics in ranks) for name in ranks[0][1]}
     return {
         "step": step, "outcome": fmean(outcomes), "thinking": fmean(scores) if scores else None,
         "gamma": fmean(gammas) if gammas else None, "anneal": anneal,
         "reward_std": fmean(stdev(response["reward"] for response in group["responses"]) for group in groups),
-        **metrics, "length": fmean(response["tokens"] for response in responses),
-        "accuracy": fmean(outcome >= 0.5 for outcome in outcomes),
+        **{name: fmean(metrics[name] for _, metrics in ranks) for name in ranks[0][1]},
+        "length": fmean(tokens), "accuracy": fmean(outcome >= 0.5 for outcome in outcomes),
         "truncated": sum(metrics["truncated"] for _, metrics in ranks),
-        "unscored": (len(groups) - len(gammas)) * judged,
-        "zero_groups": sum(not any(r["advantage"] for r in group["responses"]) for group in groups),
-        "mistrusted": sum(gamma < 1 for gamma in gammas), "sec_rollout": rollout, "sec_score": score,
-        "sec_update": update,
-        "tokens_per_sec": sum(response["tokens"] for response in responses) / (rollout + score + update)}, groups
+        "unscored": (len(groups) - len(gammas)) * judged, "mistrusted": sum(gamma < 1 for gamma in gammas),
+        "zero_groups": sum(not any(response["advantage"] for response in group["responses"]) for group in groups),
+        **dict(zip(("sec_rollout", "sec_score", "sec_update"), np.diff(times).tolist())),
+        "tokens_per_sec": sum(tokens) / (times[-1] - times[0])}, groups
 
 
 def write_step(out, line, groups, config):
-    """What a step leaves: its line in the log, some groups for the report and, if wanted, every response."""
-    append_line(out / "log.jsonl", json.dumps(line, allow_nan=False))
+    """Write a step's line, some groups for the report and, if wanted, every response. Every tenth step warns of what
+    would show only to those who look."""
+    append_rows(out / "log.jsonl", [line])
     if config.save_rollouts:
-        write_rollouts(out, ({**{name: value for name, value in group.items() if name != "responses"}, **response}
-                             for group in groups for response in group["responses"]))
+        append_rows(out / "rollouts.jsonl", [
+            {name: value for name, value in group.items() if name != "responses"} | response
+            for group in groups for response in group["responses"]])
     if line["step"] in (1, config.steps // 2, config.steps):
-        for group in sorted(groups, key=lambda group: group["gamma"] or 1)[:4]:  # the least trusted ones
-            append_line(out / "groups.jsonl", json.dumps({**group, "thumbnail": thumbnail(group["image"])}))
-
-
-class Watch:
-    """Says once each what a run's numbers would only say to those who look; called with each step's line and groups."""
-
-    def __init__(self, judged):
-        self.scored, self.formless, self.judged = [], 0, judged
-
-    def __call__(self, line, groups):
-        self.scored = [*self.scored, *(group["gamma"] is not None for group in groups)][-50:]
-        missing = self.scored.count(False)
-        if self.judged and missing > 25:
-            self.judged = False
-            tqdm.write(f"WARNING: the reward model gave no usable score for {missing} of the last {len(self.scored)} "
-                       "groups: they learn from the outcome alone. Try --rm_mode expected, or another --reward_model.",
-                       file=sys.stderr)
-        self.formless += 1 if not line["format_rate"] else -self.formless
-        if self.formless == 10 and line["step"] == 10:
-            first = groups[0]["responses"][0]["response"][:300]
-            tqdm.write("WARNING: no response of the first 10 steps is in the format <think>..</think>"
-                       f"<answer>..</answer>, so none earns anything. The first of this step: {first!r}",
-                       file=sys.stderr)
-
-
-def write_rollouts(out, rows):
-    """Responses, for reward_model.py to learn from."""
-    append_line(Path(out) / "rollouts.jsonl", "\n".join(map(json.dumps, rows)))
+        shown = sorted(groups, key=lambda group: group["gamma"] or 1)[:4]  # the least trusted ones
+        append_rows(out / "groups.jsonl", [{**group, "thumbnail": thumbnail(group["image"])} for group in shown])
+    recent = read_lines(out / "log.jsonl")[-10:] if RANK == 0 and line["step"] % 10 == 0 else []
+    unscored, n = sum(past["unscored"] for past in recent), len(recent) * len(groups)
+    if unscored > n / 2:
+        tqdm.write(f"WARNING: the reward model gave no usable score for {unscored} of the last {n} groups", sys.stderr)
+    if recent and not any(past["format_rate"] for past in recent):
+        example = groups[0]["responses"][0]["response"][:300]
+        tqdm.write(f"WARNING: no response of the last 10 steps is in the format, as in {example!r}", sys.stderr)
 
 
 # ---------------------------------------------------------------- files that survive a crash
 
 
+@contextmanager
 def _beside(path):
-    """A name next to `path` for what will take its place (across disks a rename would be a copy), its own for each
-    process. What processes that were killed have left under such names is removed."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.new"):
-        try:
-            os.kill(int(leftover.suffixes[-2][1:]), 0)  # signal 0 only asks whether the process lives
-        except ProcessLookupError:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        except (ValueError, OverflowError, PermissionError):  # no name of ours; another user's process
-            pass
-    return path.with_name(f".{path.name}.{os.getpid()}.new")
+    """A folder next to `path` to write in what will take its place: across disks a rename would be a copy. One process
+    at a time has it, and what a killed one has left there goes first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, parent = path.with_name(f".{path.name}.new"), os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # NFS locks no folders
+            fcntl.flock(parent, fcntl.LOCK_EX)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(parent)
 
 
 def write_atomic(path, content):
-    """Write a file so that a crash leaves the old one or the new one, never half. content: bytes, text (as UTF-8), or
-    what writes into the open file. Raises OSError."""
-    path = Path(path)
+    """Write bytes, text (as UTF-8), or what content(file) writes: a crash leaves the old file or the new one."""
     if RANK > 0:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = _beside(path)
-    try:
-        with open(new, "wb") as file:
+    with _beside(Path(path)) as folder:
+        with open(folder / "new", "wb") as file:
             if callable(content):
                 content(file)
             else:
                 file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename itself
-    os.close(folder)
+        os.replace(folder / "new", path)
 
 
 def write_json(path, value):
@@ -1314,15 +1284,19 @@ def write_json(path, value):
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
-def append_line(path, text):
-    """Append one line; it is on the disk when this returns. A half line left by a crash is closed first."""
+def write_rows(path, rows):
+    """Rows as JSON lines, atomically."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_rows(path, rows):
+    """Append JSON lines; they are on the disk when this returns. A half line left by a crash is closed first."""
     if RANK > 0:
         return
     with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            text = text if file.read() == b"\n" else "\n" + text
-        file.write(text.encode() + b"\n")
+        if file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+            file.write(b"\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         file.flush()
         os.fsync(file.fileno())
 
@@ -1331,85 +1305,69 @@ def read_lines(path):
     """The objects of a JSON lines file, none if there is no file. A line torn by a crash is passed over."""
     lines = []
     for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else ():
-        try:
+        with suppress(ValueError):  # no JSON, or half a character of UTF-8
             lines.append(json.loads(line))
-        except ValueError:  # no JSON, or half a character of UTF-8
-            continue
     return lines
 
 
 def cut_log(out, step):
     """Cut what a run left down to the steps up to `step`: those after it come again, with what was last."""
     for path in (Path(out, name) for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl")):
-        kept = [line for line in read_lines(path) if line["step"] <= step and not (line["step"] and "held_out" in line)]
         if path.exists():
-            write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_rows(path, (line for line in read_lines(path)
+                              if line["step"] <= step and not (line["step"] and "held_out" in line)))
 
 
 def save_folder(folder, model, processor, weights=None):
-    """Model and processor in Hugging Face format, with SHA256SUMS, written beside the old folder and then put in its
-    place. weights: the state dict to write (default: the model's own). If another process saves the same folder at the
-    same time, one of the two is there in the end, whole. Raises OSError."""
+    """Model (or other `weights`) and processor in Hugging Face format, with SHA256SUMS, whole in place of what was
+    there. Raises OSError."""
     if RANK > 0:
         return
-    folder = Path(folder)
-    beside = _beside(folder)
-    shutil.rmtree(beside, ignore_errors=True)  # of a save that failed
-    new = beside / "new"
-    model.save_pretrained(new, state_dict=weights)
-    processor.save_pretrained(new)
-    write_atomic(new / "SHA256SUMS", "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(new.iterdir())))
-    with suppress(FileNotFoundError):  # there is none yet
-        os.replace(folder, beside / "old")
-    try:
+    with _beside(Path(folder)) as beside:
+        new = beside / "new"
+        model.save_pretrained(new, state_dict=weights)
+        processor.save_pretrained(new)
+        write_atomic(new / "SHA256SUMS", "".join(f"{_sha256(file)}  {file.name}\n" for file in sorted(new.iterdir())))
+        with suppress(FileNotFoundError):  # there is none yet
+            os.replace(folder, beside / "old")
         os.replace(new, folder)
-    except OSError:  # another process has put its own there in between?
-        if not folder.exists():
-            raise
-    shutil.rmtree(beside)
 
 
 def check_folder(folder):
     """OSError if files of a model folder differ from its SHA256SUMS; what else stands in there is passed over."""
     sums = Path(folder, "SHA256SUMS")
-    named = re.findall(r"(?m)^([0-9a-f]{64}) [ *](\S.*)$", sums.read_text() if sums.exists() else "")
-    files = {sums.with_name(name): digest for digest, name in named}
-    if damaged := [file.name for file, digest in files.items() if not file.exists() or _sha256(file) != digest]:
+    listed = re.findall(r"(?m)^([0-9a-f]{64}) [ *](\S.*)$", sums.read_text() if sums.exists() else "")
+    if damaged := [name for digest, name in listed if _sha256(Path(folder, name)) != digest]:
         raise OSError(f"{', '.join(damaged)} changed since it was saved (SHA256SUMS); restore it from a copy.")
-
-
-@contextmanager
-def lock(folder):
-    """A lock on a run's folder, made if need be, so that one process alone writes there; it ends with the process,
-    however that ends. Raises DataError if another one holds it, or if the folder can't be written."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        file = open(Path(folder, f".lock{RANK or ''}"), "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(f"--out {folder}: another run is writing there; choose another") from error
-    except OSError as error:
-        raise DataError(f"--out {folder}: can't be written: {error}") from error
-    with file:
-        yield
-
-
-def read_checkpoint(path):
-    """A saved state. A damaged file ends the run in one line: torch reads flipped bits in silence, but its zip format
-    carries a checksum of each part."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, OSError, ValueError, EOFError, RuntimeError) as error:
-        raise SystemExit(f"{path} is damaged and wasn't loaded: {str(error).splitlines()[0]}. Restore it from a copy, "
-                         "or start the run again.") from error
 
 
 def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(folder):
+    """A lock on a run's folder, made if need be: one process alone writes there until it closes this file, or ends."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder, f".lock{RANK or ''}"), "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        why = "another run is writing there" if isinstance(error, BlockingIOError) else f"can't be written: {error}"
+        raise DataError(f"--out {folder}: {why}; choose another") from error
+    return file
+
+
+def read_checkpoint(path):
+    """A saved state; a damaged one ends the run: torch reads flipped bits in silence, its zip format has checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # damage has many names
+        raise SystemExit(f"{path} is damaged and wasn't loaded: {' '.join(str(error).split())[:200]}. Restore it "
+                         "from a copy, or start the run again.") from error
 
 
 # ---------------------------------------------------------------- what a run shows: table, curves, report
@@ -1437,32 +1395,39 @@ def evaluation(examples, texts, right, format_rate):
     return result | {"right": right}
 
 
+def columns(results, notes={}):
+    """Numbers (or None) side by side as text: results[column][row]; notes[row] stands behind a row."""
+    width = max(10, *(len(name) + 2 for name in results))
+    lines = [" " * 34 + "".join(f"{name:>{width}}" for name in results)]
+    for row in next(iter(results.values())):
+        values = [result[row] for result in results.values()]
+        cells = ["-" if value is None else f"{value:d}" if type(value) is int else f"{value:.3f}" for value in values]
+        lines.append(f"{row:<34}" + "".join(f"{cell:>{width}}" for cell in cells) + f"  {notes.get(row, '')}".rstrip())
+    return "\n".join(lines)
+
+
 def table(results):
     """Evaluations side by side as text; `results` maps a column's name to what `evaluate` returned."""
-    columns, last = list(results.values()), list(results.values())[-1]
-    rows = [("right answers", [c["accuracy"] for c in columns], f"of {last['n']}")]
-    rows += [(f"  {kind}", [c["by_type"][kind]["accuracy"] for c in columns], f"of {part['n']}")
-             for kind, part in last["by_type"].items()]
-    rows.append(("in the right format", [c["format_rate"] for c in columns], ""))
-    if "soundness" in last:
-        rows.append(("sound thinking, of right answers", [c["soundness"] for c in columns], ""))
-    lines = [" " * 34 + "".join(f"{name:>10}" for name in results)]
-    for name, values, note in rows:
-        cells = [f"{'-' if value is None else format(value, '.3f'):>10}" for value in values]
-        lines.append(f"{name:<34}{''.join(cells)}  {note}".rstrip())
-    if len(columns) == 2:
-        lines.append(f"change in right answers: {paired_difference(columns[0]['right'], last['right'])}")
-    return "\n".join(lines)
+    shares = {}
+    for name, result in results.items():
+        parts = {"right answers": result, **{f"  {kind}": part for kind, part in result["by_type"].items()}}
+        shares[name] = {row: part["accuracy"] for row, part in parts.items()}
+        shares[name]["in the right format"] = result["format_rate"]
+        if "soundness" in result:
+            shares[name]["sound thinking, of right answers"] = result["soundness"]
+    text = columns(shares, {row: f"of {part['n']}" for row, part in parts.items()})
+    if len(results) == 2:
+        text += f"\nchange in right answers: {paired_difference(*(each['right'] for each in results.values()))}"
+    return text
 
 
 def plot(panels):
     """PNG bytes, a panel for each function of a matplotlib axis, three a row. Without matplotlib raises ImportError."""
     from matplotlib.figure import Figure  # here: only pictures need it, and it takes a second to import
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(12 if columns > 1 else 7, 2.5 * rows + 2 * (rows == 1)), layout="constrained")
+    across, down = min(3, len(panels)), math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(max(7, 4 * across), max(4.5, 2.5 * down)), layout="constrained")
     for i, panel in enumerate(panels, 1):
-        panel(figure.add_subplot(rows, columns, i))
+        panel(figure.add_subplot(down, across, i))
     png = io.BytesIO()
     figure.savefig(png, dpi=80)
     return png.getvalue()
@@ -1478,61 +1443,57 @@ def thumbnail(path):
     return base64.b64encode(file.getvalue()).decode()
 
 
-CURVES = (("accuracy", "share of right answers"), ("outcome", "outcome reward R^o"),
-          ("thinking", "thinking reward R^t"), ("gamma", "trust gamma"), ("anneal", "annealing exp(-step/T)"),
-          ("kl", "KL to the reference"), ("length", "response length, tokens"), ("grad_norm", "gradient norm"),
-          ("format_rate", "share in the format"))
+CURVES = {"accuracy": "share of right answers", "outcome": "outcome reward R^o", "thinking": "thinking reward R^t",
+          "gamma": "trust gamma", "anneal": "annealing exp(-step/T)", "kl": "KL to the reference",
+          "length": "response length, tokens", "grad_norm": "gradient norm", "format_rate": "share in the format"}
 PAGE = """<!doctype html><meta charset="utf-8"><title>sophia_min</title><style>
-body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1100px;margin:2em auto;padding:0 1em}img{max-width:100%}
-pre,section{background:#fafafa;border:1px solid #ddd;border-radius:.5em;padding:.8em 1em;overflow-x:auto}
-section{margin:1.2em 0}section>img{min-width:112px;image-rendering:pixelated}h2{margin-top:1.8em}h3{margin:0 0 .5em}
-table{border-collapse:collapse;width:100%}td,th{padding:.3em .7em;text-align:left;vertical-align:top}
-th{font-weight:normal;color:#666}tr+tr{border-top:2px solid #fafafa}td+td{text-align:right;white-space:nowrap}
-.right{background:#dff2df}.wrong{background:#eee;color:#555}.lucky{background:#ffd98a}.praised{background:#f7c4c4}
-.mistrusted{background:#b3261e;color:#fff}span{padding:.1em .5em;border-radius:.3em}</style>"""
-LEGEND = """<p><span class=right>right, thinking scored 0.5 or more</span> <span class=lucky>right, but thinking scored
-below: "wrong thinking, correct answer"</span> <span class=wrong>wrong</span> <span class=praised>wrong, but thinking
-scored 0.5 or more</span> <span class=mistrusted>gamma below 1: wrong answers got the better thinking scores</span>
-<p>R^o: outcome reward, R^t: thinking reward, R: both combined (Eq. 5), A: advantage (Eq. 6). Of each step shown, the
-four groups with the lowest gamma."""
+body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto}img{max-width:100%}pre{overflow-x:auto}
+section{border:1px solid #ddd;padding:1em;margin:1em 0}section>img{min-width:112px;image-rendering:pixelated}
+td,th{padding:.3em .7em;text-align:left;vertical-align:top}span{padding:.1em .5em}
+.right{background:#dff2df}.wrong{background:#eee}.lucky{background:#ffd98a}.praised{background:#f7c4c4}
+.mistrusted{background:#b3261e;color:#fff}</style>"""
+IMAGE = "<img src='data:image/png;base64,{}'>"
+LEGEND = """<h2>Some groups</h2><p><span class=right>right, thinking scored 0.5 or more</span>
+<span class=lucky>right, but thinking scored below</span> <span class=wrong>wrong</span>
+<span class=praised>wrong, but thinking scored 0.5 or more</span>
+<span class=mistrusted>gamma below 1: wrong answers got the better thinking scores</span>
+<p>R^o: outcome, R^t: thinking, R: both (Eq. 5), A: advantage (Eq. 6). The lowest gammas of each step shown."""
 
 
 def write_report(out):
-    """report.html from what a run left in `out`: one self-contained page with its evaluation, curves and some groups.
-    Without matplotlib it says what is missing in the place of the curves."""
+    """report.html, one self-contained page, from what a run left in `out`."""
     if RANK > 0:
         return
     out, log = Path(out), read_lines(Path(out) / "log.jsonl")
     settings, evaluation = (json.loads((out / name).read_text()) for name in ("config.json", "eval.json"))
+    half = len(log) // 20  # the running mean goes so far to either side: a tenth of the steps
 
-    def curve(name, title, axis):
-        points = [(line["step"], line[name]) for line in log if line[name] is not None]
-        axis.plot(*zip(*points) if points else ([], []))
-        axis.set_title(title, fontsize=10)
+    def curve(name, axis):
+        points = np.array([(line["step"], line[name]) for line in log if line[name] is not None]).reshape(-1, 2)
+        axis.plot(*points.T, "C0", alpha=0.3)
+        axis.plot(points[:, 0], [points[max(0, i - half):i + half + 1, 1].mean() for i in range(len(points))], "C0")
+        axis.set_title(CURVES[name], fontsize=10)
 
     try:
-        curves = _inline(base64.b64encode(plot([functools.partial(curve, *named) for named in CURVES])).decode())
+        png = base64.b64encode(plot([functools.partial(curve, name) for name in CURVES])).decode()
+        curves = f"<p>Pale: each step; dark: the mean over {2 * half + 1} steps around it.<p>{IMAGE.format(png)}"
     except ImportError as error:
         curves = f"<p>No curves, as matplotlib can't be imported ({escape(str(error))}): pip install matplotlib"
     chosen = ", ".join(f"{name} {settings[name]}" for name in "model reward_model trust alpha steps seed".split())
-    parts = [PAGE, f"<h1>sophia_min: {escape(out.name)}</h1><p>{escape(chosen)}", "<h2>Held-out questions</h2><pre>",
-             escape(table(evaluation)), "</pre><h2>Training, by step</h2>", curves, "<h2>Some groups</h2>", LEGEND]
+    parts = [PAGE, f"<h1>sophia_min: {escape(out.name)}</h1><p>{escape(chosen)}<h2>Held-out questions</h2>",
+             f"<pre>{escape(table(evaluation))}</pre><h2>Training, by step</h2>", curves, LEGEND]
     for group in read_lines(out / "groups.jsonl"):
-        asked, gamma = escape(" ".join([group["problem"], *group["options"]])), group["gamma"]
+        gamma, asked = group["gamma"], " ".join([group["problem"], *group["options"], f"(truth: {group['solution']})"])
         trust = "not scored" if gamma is None else f"gamma {gamma:.2f}"
-        trust = f"<span class=mistrusted>{trust}</span>" if gamma is not None and gamma < 1 else trust
-        parts += [f"<section><h3>step {group['step']}: {asked} (truth: {escape(group['solution'])}) {trust}</h3>",
-                  _inline(group["thumbnail"]), "<table><tr><th>response<th>R^o<th>R^t<th>R<th>A"]
+        kind = "mistrusted" if gamma and gamma < 1 else "trusted"
+        parts += [f"<section><h3>step {group['step']}: {escape(asked)} <span class={kind}>{trust}</span></h3>",
+                  IMAGE.format(group["thumbnail"]) if group["thumbnail"] else "",
+                  "<table><tr><th>response<th>R^o<th>R^t<th>R<th>A"]
         for response in group["responses"]:
-            right, thinking = response["outcome"] >= 0.5, response["thinking"]
-            praised = right if thinking is None else thinking >= 0.5
+            numbers = [response[name] for name in ("outcome", "thinking", "reward", "advantage")]
+            right, praised = numbers[0] >= 0.5, (numbers[0] if numbers[1] is None else numbers[1]) >= 0.5
             kind = {(1, 1): "right", (1, 0): "lucky", (0, 1): "praised", (0, 0): "wrong"}[right, praised]
-            cells = [escape(response["response"]), f"{response['outcome']:.2f}", "-" if thinking is None else
-                     f"{thinking:.2f}", f"{response['reward']:.2f}", f"{response['advantage']:+.2f}"]
+            cells = [escape(response["response"]), *("-" if n is None else f"{n:.2f}" for n in numbers)]
             parts.append(f"<tr class={kind}><td>" + "<td>".join(cells))
         parts.append("</table></section>")
     write_atomic(out / "report.html", "\n".join(parts))
-
-
-def _inline(png):
-    return f"<img src='data:image/png;base64,{png}'>" if png else ""

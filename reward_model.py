@@ -3,12 +3,11 @@ starts from, and the commands that turn a run's responses into a judge. How it i
 import copy
 import hashlib
 import inspect
-import json
 import math
 import random
 import re
 import zlib
-from argparse import HelpFormatter
+from argparse import SUPPRESS
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from transformers import set_seed
 
 import data
-from data import progress
+from data import progress, write_rows
 from sophia_min import (ASK, CRITERIA, DELIMITER, JUDGE_FORM, TRAINED_HERE, Config, MasterAdamW, PrefixCache,
                         ThinkingRewardModel, device_and_dtype, load, pad, parse_score, responses, target_logits)
 
@@ -25,9 +24,9 @@ from sophia_min import (ASK, CRITERIA, DELIMITER, JUDGE_FORM, TRAINED_HERE, Conf
 
 
 def sft(model, items, encode, steps, per_step, lr, desc, seed=0, micro_batch=0):
-    """Supervised fine-tuning: cross-entropy on the target tokens only. encode(item) gives (data.Prompts, targets), all
-    rows that share a beginning, which is computed once; `micro_batch` items a backward pass (0: all). Linear warm-up
-    and decay. Changes `model` in place."""
+    """Supervised fine-tuning, in place: cross-entropy on the target tokens only, with linear warm-up and decay.
+    encode(item) gives (data.Prompts, targets), all rows that share a beginning, which is computed once. `micro_batch`:
+    items a backward pass (0: all)."""
     optimizer = MasterAdamW(model, lr, betas=(0.9, 0.95), offload=model.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
     rng, queue = random.Random(seed), []
@@ -52,16 +51,15 @@ def sft(model, items, encode, steps, per_step, lr, desc, seed=0, micro_batch=0):
 
 
 def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model", micro_batch=0):
-    """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}: loss on
-    what it is to write only. Returns the ThinkingRewardModel."""
+    """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}. Returns the
+    ThinkingRewardModel."""
     model.config.rm_mode = mode
     judge = ThinkingRewardModel(model, processor)
 
     def encode(group):
-        verdicts = [f"{row['critique']} {DELIMITER} {row['score']:.1f}" if mode == "reason" else f"{row['score']:.1f}"
-                    for row in group]
+        checks = [f"{row['critique']} {DELIMITER} " if mode == "reason" else "" for row in group]
         return [judge.prompt(row["example"], row["response"]) for row in group], [
-            processor.encode(verdict) + [processor.turn_end] for verdict in verdicts]
+            processor.encode(f"{check}{row['score']:.1f}") + [processor.turn_end] for check, row in zip(checks, group)]
 
     sft(model.requires_grad_(True), by_question(rows), encode, steps, per_step, lr, desc, seed, micro_batch)
     return ThinkingRewardModel(model, processor)
@@ -148,27 +146,48 @@ def prepare(config):
 # ---------------------------------------------------------------- building its training set (section 3.2)
 
 
+def grouped(rows, key):
+    """{key(row): the rows with that key}, in their order."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def pair(row):
+    """What a question and its response go by: id and picture, never the question's text, which other pictures share
+    (the released training set mixed them up)."""
+    return row["id"], row.get("image"), row["response"]
+
+
+def by_question(rows):
+    """Lists of rows of one question (and picture) each."""
+    return list(grouped(rows, lambda row: pair(row)[:2]).values())
+
+
+def different(rows):
+    """The first row of each pair."""
+    return [group[0] for group in grouped(rows, pair).values()]
+
+
 def interval(score):
     """0 for [0, 0.1) .. 9 for [0.9, 1), 10 for 1.0. By rounding: int(0.3 / 0.1) is 2."""
     return int(round(score * 10, 6))
 
 
 def filter_rows(rows, longest=4000):
-    """The rows that are fit to learn from: thinking that ends and has words, not too long (in characters), each
-    (question, response) once."""
-    kept = {}
-    for row in rows:
+    """The rows that are fit to learn from: thinking that ends and has words, a response of at most `longest`
+    characters, each (question, response) once."""
+    def is_fit(row):
         thinking, end, _ = row["response"].partition("</think>")
-        if end and re.search(r"\w", thinking.replace("<think>", "")) and len(row["response"]) <= longest:
-            kept.setdefault((row["id"], row.get("image"), row["response"]), row)
-    return list(kept.values())
+        return end and re.search(r"\w", thinking.replace("<think>", "")) and len(row["response"]) <= longest
+
+    return different(filter(is_fit, rows))
 
 
 def balance_by_score(rows, per_interval, seed=0):
     """At most `per_interval` rows of each score interval, drawn without replacement; the same for the same seed."""
-    rng, by_interval = random.Random(seed), {}
-    for row in rows:
-        by_interval.setdefault(interval(row["score"]), []).append(row)
+    rng, by_interval = random.Random(seed), grouped(rows, lambda row: interval(row["score"]))
     return [row for _, group in sorted(by_interval.items())
             for row in (rng.sample(group, per_interval) if len(group) > per_interval else group)]
 
@@ -202,37 +221,34 @@ def auc(good, bad):
 
 
 def agreement(rows, scores):
-    """How well scores (NaN for none) agree with the rows' labels. Sound means a label of data.SOUND or more."""
-    scores = np.array(scores, float)
-    usable = ~np.isnan(scores)
-    rows, scores = [row for row, use in zip(rows, usable) if use], scores[usable]
-    labels = np.array([row["score"] for row in rows])
-    sound, right = labels >= data.SOUND, np.array([row.get("outcome", math.nan) for row in rows]) >= 0.5
-    kinds, step = np.array([row["problem_type"] for row in rows]), np.array([row.get("step", 0) for row in rows])
-    by_run = all(row.get("held_out") for row in rows)  # answers before and after GRPO
-    early = step == 0 if by_run else step <= np.median(step)
-    when = ("before GRPO", "after GRPO") if by_run else ("first half of the steps", "second half")
+    """How well scores (NaN for none) agree with the rows' labels. auc: sound (a label of data.SOUND or more) above
+    flawed, in all rows and in parts of them; by fault: faultless above those with this fault."""
+    n, scored = len(rows), [(row, score) for row, score in zip(rows, scores) if not math.isnan(score)]
+    rows, scores = [row for row, _ in scored], np.array([score for _, score in scored])
+    labels, tenths = np.array([row["score"] for row in rows]), np.array([interval(score) for score in scores])
 
-    def part(chosen):
-        return auc(scores[chosen & sound], scores[chosen & ~sound])
+    def where(holds):
+        return np.array([holds(row) for row in rows], bool)
 
-    def fault(name):  # against the rows without any fault
-        faultless = np.array([not any(row["faults"].values()) for row in rows], bool)
-        return auc(scores[faultless], scores[np.array([row["faults"][name] > 0 for row in rows], bool)])
-
+    sound, right = labels >= data.SOUND, where(lambda row: row.get("outcome", math.nan) >= 0.5)
     spread = len(set(labels)) > 1 and len(set(scores)) > 1
-    return {
-        "n": len(usable), "unscored": 1 - usable.mean(), "mae": np.abs(scores - labels).mean() if len(rows) else None,
-        "spearman": np.corrcoef(ranks(labels), ranks(scores))[0, 1] if spread else 0.0, "auc": part(sound | True),
-        "auc of right answers": part(right), "auc of wrong answers": part(~right),
-        f"auc, {when[0]}": part(early), f"auc, {when[1]}": part(~early),
-        **{f"auc, {kind}": part(kinds == kind) for kind in sorted(set(kinds))},
-        **({f"auc, {name}": fault(name) for name in CRITERIA} if all("faults" in row for row in rows) else {}),
-        "calibration": [[n / 10, labels[at].mean(), int(at.sum())] for n in range(11)
-                        if (at := np.array([interval(score) == n for score in scores], bool)).any()]}
+    parts = {"auc": sound | True, "auc of right answers": right, "auc of wrong answers": ~right,
+             **{f"auc, {kind}": where(lambda row: row["problem_type"] == kind)
+                for kind in sorted({row["problem_type"] for row in rows})}}
+    found = {"n": n, "unscored": 1 - len(rows) / n, "mae": np.abs(scores - labels).mean() if rows else None,
+             "spearman": np.corrcoef(ranks(labels), ranks(scores))[0, 1] if spread else 0.0,
+             **{name: auc(scores[part & sound], scores[part & ~sound]) for name, part in parts.items()}}
+    if all("faults" in row for row in rows):
+        faultless = where(lambda row: not any(row["faults"].values()))
+        found |= {f"auc, {name}": auc(scores[faultless], scores[where(lambda row: row["faults"][name] > 0)])
+                  for name in CRITERIA}
+    return found | {f"mean label, scores from {n / 10}": labels[tenths == n].mean() if n in tenths else None
+                    for n in range(11)}
 
 
 # ---------------------------------------------------------------- the command line: from a run's responses to a judge
+
+MODES = tuple(JUDGE_FORM)
 
 
 def read_rows(path, *needed):
@@ -249,91 +265,60 @@ def read_rows(path, *needed):
     return rows
 
 
-def write_rows(path, rows):
-    """Rows as JSON lines, in place of what was there."""
-    data.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def key_of(row):
-    """What a (question, response) pair goes by: its question's id and picture, never the question's text, which other
-    pictures share (the released training set mixed them up)."""
-    return json.dumps([row["id"], row["image"], row["response"]])
-
-
 def example_of(row):
     """The Example that a row is about."""
     return data.Example(row["id"], row["problem"], row["problem_type"], tuple(row["options"]), row["solution"],
                         row["image"], "")
 
 
-def by_question(rows):
-    """Lists of rows of one question (and picture) each."""
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["id"], row.get("image")), []).append(row)
-    return list(groups.values())
+def labels_of(groups, judge, rm_mode, rm_prompt, device, max_pixels):
+    """For each question's rows (rows, labels): {"score"}, NaN for none; the oracle adds "critique" and "faults"."""
+    model = None if judge == "toy" else ThinkingRewardModel(
+        *load(judge, Config(device=device, max_pixels=max_pixels)), rm_mode, rm_prompt)
+    for group in progress(groups, desc=f"scores of {judge}"):
+        texts = [row["response"] for row in group]
+        if model:
+            scores = model.score([example_of(group[0])], [texts])[0].tolist()
+            yield group, [{"score": round(score, 6)} for score in scores]
+        else:
+            question = data.toy_question(group[0]["id"])
+            yield group, [{"score": question.soundness(text), "critique": question.critique(text),
+                           "faults": question.faults(text)[0]} for text in texts]
 
 
 def collect(runs: list, out: str, held_out: bool = False):
     """The pool of different (question, response) pairs from runs that had --save_rollouts."""
-    rows = [row for run in runs for row in read_rows(Path(run, "rollouts.jsonl"), "step")]
-    rows, pool = [row for row in rows if row.get("held_out", False) == held_out], {}
+    rows = [row for run in runs for row in read_rows(Path(run, "rollouts.jsonl"), "step")
+            if row.get("held_out", False) == held_out]
     if not rows:
         raise data.DataError(f"{', '.join(runs)}: no such responses there; was the run made with --save_rollouts?")
-    for row in rows:
-        pool.setdefault(key_of(row), row)
-    write_rows(out, pool.values())
+    pool = different(rows)
+    write_rows(out, pool)
     print(f"{len(rows)} responses, {len(pool)} different ones to {len(by_question(rows))} questions: {out}")
 
 
-def annotate(rows: str, judge: str, out: str, rm_mode: str = None, rm_prompt: str = None, device: str = "auto",
+def annotate(rows: str, judge: str, out: str, rm_mode: MODES = None, rm_prompt: str = None, device: str = "auto",
              max_pixels: int = 1003520):
     """A score and, where the judge gives one, a critique for each pair. What is in --out already isn't asked again."""
-    wanted, unscored = {key_of(row): row for row in read_rows(rows)}, 0
-    done = {key_of(row) for row in data.read_lines(out)}
-    groups = by_question([row for key, row in wanted.items() if key not in done])
-    model = None if judge == "toy" else ThinkingRewardModel(
-        *load(judge, Config(device=device, max_pixels=max_pixels)), rm_mode, rm_prompt)
-    for group in progress(groups, desc=f"scoring {sum(map(len, groups))} responses"):
-        texts = [row["response"] for row in group]
-        if model:
-            scores = model.score([example_of(group[0])], [texts])[0].tolist()
-            labels = [{"score": round(score, 6)} for score in scores]
-        else:
-            question = data.toy_question(group[0]["id"])
-            labels = [{"score": question.soundness(text), "critique": question.critique(text),
-                       "faults": question.faults(text)[0]} for text in texts]
-        for row, label in zip(group, labels):
-            if math.isnan(label["score"]):
-                unscored += 1
-            else:
-                data.append_line(out, json.dumps({**row, **label}))
+    wanted, done, unscored = different(read_rows(rows)), set(map(pair, data.read_lines(out))), 0
+    groups = by_question([row for row in wanted if pair(row) not in done])
+    for group, labels in labels_of(groups, judge, rm_mode, rm_prompt, device, max_pixels):
+        labelled = [row | label for row, label in zip(group, labels) if not math.isnan(label["score"])]
+        data.append_rows(out, labelled)
+        unscored += len(group) - len(labelled)
     print(f"{len(data.read_lines(out))} of {len(wanted)} responses have a score ({len(done)} had one before), "
-          f"{unscored} were left out because the judge wrote no usable one: {out}")
+          f"{unscored} were left out, as the judge wrote none: {out}")
 
 
 def balance(rows: str, out: str, per_interval: int = 15000, longest: int = 4000, seed: int = 0):
-    """Drop what isn't fit to learn from, then even the scores out, with a histogram before and after."""
-    labelled = read_rows(rows, "score")
-    fit = filter_rows(labelled, longest)
-    even = balance_by_score(fit, per_interval, seed)
-    write_rows(out, even)
-    parts = {"before": labelled, "fit": fit, "after": even}
-    counts = {name: [sum(interval(row["score"]) == n for row in part) for n in range(11)]
-              for name, part in parts.items()}
-    print(f"{'score':>10}" + "".join(f"{name:>10}" for name in parts))
-    for n in range(11):
-        name = "1.0" if n == 10 else f"{n / 10}-{(n + 1) / 10}"
-        print(f"{name:>10}" + "".join(f"{part[n]:>10}" for part in counts.values()))
-    print(f"{'all':>10}" + "".join(f"{len(part):>10}" for part in parts.values()) + f"   {out}")
-
-    def bars(axis):
-        for shift, name in enumerate(("before", "after")):
-            axis.bar([n + 0.4 * shift for n in range(11)], counts[name], 0.4, label=name)
-        axis.set(xticks=range(11), xticklabels=[n / 10 for n in range(11)], xlabel="score", ylabel="responses")
-        axis.legend()
-
-    data.write_atomic(Path(out).with_suffix(".png"), data.plot([bars]))
+    """Drop what isn't fit to learn from, then even the scores out; prints how many rows each interval had and has."""
+    before = read_rows(rows, "score")
+    fit = filter_rows(before, longest)
+    after = balance_by_score(fit, per_interval, seed)
+    write_rows(out, after)
+    counts = {name: {f"from {n / 10}": sum(interval(row["score"]) == n for row in part) for n in range(11)}
+              | {"all": len(part)} for name, part in {"before": before, "fit": fit, "after": after}.items()}
+    print(data.columns(counts, {"all": out}))
 
 
 def is_held_out(row):
@@ -341,23 +326,20 @@ def is_held_out(row):
     return zlib.crc32((Path(row["image"]).name if row["image"] else row["id"]).encode()) % 10 == 0
 
 
-def train_command(rows: str, model: str, out: str, rm_mode: str = "generate", epochs: float = 2.0, per_step: int = 8,
-                  micro_batch: int = 0, lr: float = 1e-5, all_rows: bool = False, shuffle_scores: bool = False,
-                  seed: int = 0, device: str = "auto", max_pixels: int = 1003520):
+def train_command(rows: str, model: str, out: str, rm_mode: MODES = "generate", epochs: float = 2.0,
+                  per_step: int = 8, micro_batch: int = 0, lr: float = 1e-5, all_rows: bool = False, seed: int = 0,
+                  device: str = "auto", max_pixels: int = 1003520):
     """SFT of a Qwen2.5-VL on the rows, but for a tenth of the pictures, and save it for --reward_model."""
     labelled = read_rows(rows, "score", *["critique"] * (rm_mode == "reason"))
-    held_out = [row for row in labelled if is_held_out(row) and not all_rows]
-    chosen = [{**row, "example": example_of(row)} for row in labelled if all_rows or not is_held_out(row)]
+    parts = grouped(labelled, lambda row: not all_rows and is_held_out(row))
+    chosen, held_out = [{**row, "example": example_of(row)} for row in parts.get(False, [])], parts.get(True, [])
     if not chosen:
         raise data.DataError(f"{rows}: all {len(held_out)} rows would be held out: add --all_rows, or more rows")
-    if shuffle_scores:
-        chosen = shuffled(chosen, seed)
     torch.manual_seed(seed)
     steps = max(1, math.ceil(epochs * len(by_question(chosen)) / per_step))
     start, processor = load(model, Config(device=device, max_pixels=max_pixels))
     micro_batch = micro_batch or (1 if start.device.type == "cuda" else per_step)  # a card has less memory
-    judge = train(start, processor, chosen, steps, per_step, lr, rm_mode, seed, f"SFT on {len(chosen)} responses",
-                  micro_batch)
+    judge = train(start, processor, chosen, steps, per_step, lr, rm_mode, seed, "SFT", micro_batch)
     data.save_folder(out, judge.model, judge.processor)
     print(f"{out}: for sophia_min.py --reward_model")
     if not all_rows:
@@ -365,81 +347,50 @@ def train_command(rows: str, model: str, out: str, rm_mode: str = "generate", ep
         print(f"held_out.jsonl there has {len(held_out)} rows about pictures that it didn't learn from")
 
 
-def eval_command(rows: str, judge: list, out: str = "eval", rm_mode: str = None, rm_prompt: str = None,
+def eval_command(rows: str, judge: list, out: str = "eval", rm_mode: MODES = None, rm_prompt: str = None,
                  device: str = "auto", max_pixels: int = 1003520):
-    """Judges against labels that they weren't trained on: a table, a json and a picture."""
+    """Judges against labels that they weren't trained on: a table and, as --out.json, the same."""
     groups, results = by_question(read_rows(rows, "score")), {}
     labelled = [row for group in groups for row in group]
     for name in judge:
-        model, scores = ThinkingRewardModel(*load(name, Config(device=device, max_pixels=max_pixels)), rm_mode,
-                                            rm_prompt), []
-        for group in progress(groups, desc=f"scores of {name}"):
-            scores += model.score([example_of(group[0])], [[row["response"] for row in group]])[0].tolist()
-        results[name] = agreement(labelled, scores)
-    constant = float(np.median([row["score"] for row in labelled]))
-    results["a constant"] = agreement(labelled, [constant] * len(labelled))
+        answers = labels_of(groups, name, rm_mode, rm_prompt, device, max_pixels)
+        results[name] = agreement(labelled, [label["score"] for _, labels in answers for label in labels])
+    constant = [np.median([row["score"] for row in labelled])] * len(labelled)
+    results["a constant"] = agreement(labelled, constant)
     data.write_json(f"{out}.json", results)
-    names = [name for name in results["a constant"] if name != "calibration"]
-    print(" " * 34 + "".join(f"{Path(name).name[-14:]:>16}" for name in results))
-    for name in names:
-        values = [result.get(name) for result in results.values()]
-        print(f"{name:<34}" + "".join(f"{'-' if value is None else format(value, '.3g'):>16}" for value in values))
-
-    def calibration(axis):
-        for name, result in results.items():
-            axis.plot(*zip(*[point[:2] for point in result["calibration"]]), "o-", label=Path(name).name)
-        axis.plot([0, 1], [0, 1], ":", color="grey")
-        axis.set(xlabel="score", ylabel="mean label")
-        axis.legend()
-
-    def separation(axis):
-        shown = [name for name in names if name.startswith("auc")]
-        for name, result in results.items():
-            values = np.array([result.get(row) for row in shown], float)  # None is NaN
-            axis.plot(values, range(len(shown)), "o", label=Path(name).name)
-        axis.set(yticks=range(len(shown)), yticklabels=shown, xlim=(0, 1), xlabel="sound above flawed")
-        axis.invert_yaxis()
-
-    data.write_atomic(f"{out}.png", data.plot([calibration, separation]))
-    print(f"{out}.json, {out}.png")
+    print(f"{data.columns(results)}\n{out}.json")
 
 
 HELP = {
     "runs": "folders of runs", "rows": "JSON lines", "out": "what to write (annotate: or to go on with)",
-    "held_out": "greedy answers to questions that the run held out, for eval, instead of what it trained on",
-    "judge": "Hugging Face ids or folders; for annotate also toy, the oracle",
-    "rm_mode": "generate, expected or reason, as in sophia_min.py; left out: as it was trained, else generate",
+    "held_out": "answers to questions that the run held out, for eval, instead of what it trained on",
+    "judge": "toy (the oracle), Hugging Face ids or folders", "model": "what to start from: an id or a folder",
+    "rm_mode": "as in sophia_min.py; left out: as it was trained, else generate", "max_pixels": "of pictures",
     "rm_prompt": "file with a judge's prompt of your own, see the README", "device": "auto, cpu, cuda or cuda:N",
-    "max_pixels": "of pictures", "per_interval": "at most so many rows a score interval (paper, section 3.2)",
-    "longest": "characters of a response", "seed": "of everything random",
-    "model": "what to start from: a Hugging Face id or a folder", "epochs": "passes over the questions (paper, 3.2)",
+    "per_interval": "at most so many rows a score interval (paper, section 3.2)", "seed": "of everything random",
+    "longest": "characters of a response", "epochs": "passes over the questions (paper, section 3.2)",
     "per_step": "questions a step (ours)", "lr": "AdamW's learning rate (ours)",
     "micro_batch": "questions a backward pass: memory, not results (0: 1 on CUDA, else all)",
-    "all_rows": "hold no tenth back: there are other rows to judge it by",
-    "shuffle_scores": "learn scores that mean nothing: the untrained judge of Table 3"}
+    "all_rows": "hold no tenth back: there are other rows to judge it by"}
 COMMANDS = {"collect": collect, "annotate": annotate, "balance": balance, "train": train_command, "eval": eval_command}
+KINDS = {str: {}, int: {"type": int}, float: {"type": float}, list: {"nargs": "+"}, bool: {"action": "store_true"},
+         MODES: {"choices": MODES}}
 
 
 def main(argv=None):
     """python reward_model.py collect|annotate|balance|train|eval"""
-    parser = data.Parser(prog="reward_model.py", description=
-                    "From the responses of a run to a thinking reward model (paper, section 3.2), and how good it is.")
+    parser = data.Parser(prog="reward_model.py", description="From a run's responses to a thinking reward model.")
     commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
     for name, function in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__,
-                                      formatter_class=HelpFormatter)
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(run=function)
         for option, given in inspect.signature(function).parameters.items():
-            required, many = given.default is given.empty, {"nargs": "+"} if given.annotation is list else {}
-            kind = {"action": "store_true"} if given.annotation is bool else many | {
-                "type": str if given.annotation is list else given.annotation,
-                "choices": tuple(JUDGE_FORM) if option == "rm_mode" else None}
+            kind = KINDS[given.annotation] | {"help": HELP[option]}
             if option in ("runs", "rows"):
-                command.add_argument(option, help=HELP[option], **kind)
+                command.add_argument(option, **kind)
             else:
-                about = HELP[option] if given.default in (given.empty, None) else f"{HELP[option]} ({given.default})"
-                command.add_argument(f"--{option}", help=about, default=None if required else given.default,
-                                     **({"required": True} if required else {}), **kind)
+                default = SUPPRESS if given.default in (given.empty, None) else given.default  # the function has None
+                command.add_argument(f"--{option}", required=given.default is given.empty, default=default, **kind)
     args = vars(parser.parse(argv))
     try:
         args.pop("run")(**args)

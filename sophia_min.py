@@ -633,7 +633,7 @@ def evaluate(policy, processor, examples, config, desc, step=None):
     texts = [text for of_ranks in zip(*texts) for text in of_ranks][:n]  # rank r has questions r, r + WORLD, ..
     right = [int(reward_of(example, text) >= 0.5) for example, text in zip(examples, texts)]
     if config.save_rollouts and step is not None:
-        data.write_rollouts(config.out, [
+        data.append_rows(Path(config.out, "rollouts.jsonl"), [
             data.about(example, step) | {"held_out": True, "response": text, "outcome": hit}
             for example, text, hit in zip(examples, texts, right)])
     return data.evaluation(examples, texts, right, mean(extract_answer(text) is not None for text in texts))
@@ -931,7 +931,6 @@ def train(config, examples, held_out, about):
     data.write_json(out / "config.json", asdict(config) | {"resume": None})
     if not config.resume:
         check_up("before", None if same else 0)
-    watch = data.Watch(judge is not None)
     bar = progress(range(first, config.steps + 1), desc="GRPO", initial=first - 1, total=config.steps)
     with data.StopAfterStep() as stopping:
         for step in bar:
@@ -947,7 +946,6 @@ def train(config, examples, held_out, about):
             data.write_step(out, line, groups, config)
             bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
                              if line[name] is not None})
-            watch(line, groups)
             stop = any(all_gather(stopping.asked))  # asked once: a Ctrl-C between saving and stopping loses nothing
             if step % config.save_every == 0 or step == config.steps or stop:
                 save_checkpoint(config, step, optimizer, examples)
