@@ -53,7 +53,7 @@ torch.set_num_threads(1)  # on a busy machine two are slower than one
 
 # ---------------------------------------------------------------- section 3.1: rows and pictures
 
-SAMPLE = Path(__file__).parent / "../shared/sample"
+SHARED = Path(__file__).resolve().parent / "../shared"
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8))
 
 
@@ -78,14 +78,13 @@ def rows_in(tmp_path):
                          ("images/loop.png", "loop.png")]:
         (folder / name).symlink_to(target)
     (folder / "images/empty.png").touch()
-    (folder / "images/text.png").write_text("hello")
     os.mkfifo(folder / "images/fifo")
 
     def load(*content, name="rows.json", text=None, **options):
         if text is None:
             text = "\n".join(map(json.dumps, content)) if name.lower().endswith("l") else json.dumps(content)
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return data.load_examples(folder / name, bar=False, **options)
+        return data.load_examples(folder / name, **options)
     load.folder = folder
     return load
 
@@ -94,7 +93,7 @@ ANIMALS = ("A. dog", "B. cat", "C. fox")
 GOOD_ROWS = [  # what a row changes, what changes in its Example
     ({"problem_id": 0}, {"id": "0"}), ({"problem_id": "t-2"}, {"id": "t-2"}), ({"process": "DROP"}, {}),
     ({"extra": {"nested": [1]}}, {}), ({"options": "DROP"}, {}), ({"options": None}, {}),
-    ({"options": [" a", "b"]}, {"options": ("a", "b")}), ({"problem": " a\u2028b "}, {"problem": " a\u2028b "}),
+    ({"options": [" a", "b"]}, {"options": ("a", "b")}), ({"problem": "a\u2028b\n<image>"}, {"problem": "a\u2028b"}),
     *[({"data_source": source}, {"source": ""}) for source in (None, "", "DROP")],
     *[({"data_type": "text", "path": path}, {"image": None}) for path in (None, "", "DROP")],
     *[({"path": path}, {}) for path in ("images/a.png", "images/link.png")],
@@ -111,7 +110,7 @@ GOOD_ROWS = [  # what a row changes, what changes in its Example
         ("dog: brown", "dog: brown", "cat"), ("Z", *map(str, range(26)))]]]
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
 BAD_ROWS = [  # what a row changes, or what stands in its place; the field and some words of the reason
-    *[({name: "DROP"}, name, "missing") for name in FIELDS],
+    *[({name: "DROP", "images": "x"}, name, "missing; the row has .*'images'") for name in FIELDS],
     *[({name: value}, name, "") for name in FIELDS
       for value in (None, "", " \n", True, 1.5, float("nan"), [1], {"a": 1}, "x\ud800", "x\0")],
     *[({name: 3}, name, "text") for name in FIELDS[1:]], ({"problem_id": "1"}, "problem_id", "row 1 has it already"),
@@ -120,18 +119,18 @@ BAD_ROWS = [  # what a row changes, or what stands in its place; the field and s
     *[({name: value}, name, words) for name, words, *values in [
         ("problem_type", "numerical, multiple choice, OCR, free-form, text", "Numerical", "ocr"),
         ("data_type", "image, text", "video"), ("data_source", "text", 3), ("options", "list", "A. dog", {}, False),
-        ("options", "text", ["a", 2], ["a", ""], [["a"]]),
+        ("options", "text", ["a", 2], ["a", ""], [["a"]]), ("problem", "more <image> tags", "<image> and <image>?"),
         ("solution", "one answer", "<answer> </answer>", "<answer>5", "<answer>1</answer><answer>2</answer>"),
-        ("path", "no file", "images/none.png", "images", "images/fifo", "x" * 5000), ("path", "stay inside", "."),
-        ("path", "'..'", "images/../images/a.png", "../data2/b.png"), ("path", "absolute", "/etc/hostname"),
-        ("path", "link", "images/out.png", "out/data2/b.png"), ("path", "", "images/loop.png"),
-        ("path", "can't be read as a picture", "images/text.png", "images/empty.png"),
+        ("solution", "no number has more", "7" * 401),
+        ("path", "no file", "images/none.png", "images", "images/fifo", "x" * 5000, "."),
+        ("path", "no '..'", "images/../images/a.png", "../data2/b.png"), ("path", "no absolute", "/etc/hostname"),
+        ("path", "no link", "images/out.png", "out/data2/b.png"), ("path", "", "images/loop.png"),
+        ("path", "can't be read as a picture", "images/empty.png"),
         ("path", "cannot identify", "images/e.eps")] for value in values],  # decoding it would start Ghostscript
     *[(choice(truth, *options), name, words) for name, words, truth, *options in [
-        *[("solution", "none of", truth, *ANIMALS) for truth in ("d", "(D)", "A,D", "D. owl")],
-        *[("solution", "none of the options", truth, *ANIMALS) for truth in ("zebra", "ZX")],
-        ("solution", "none of the options", "D", *ANIMALS), ("solution", "none of", "E", "see E. coli", "dog"),
-        ("solution", "none of the options", "big owl", "big a) owl", "dog"),  # a label only counts at the start
+        *[("solution", "none of the options", truth, *ANIMALS) for truth in ("d", "(D)", "A,D", "D. owl", "zebra", "ZX")],
+        ("solution", "none of", "E", "see E. coli", "dog"),
+        ("solution", "none of", "big owl", "big a) owl", "dog"),  # a label only counts at the start
         ("options", "two or more", "A"), ("options", "two or more", "A", "A. dog"),
         ("options", "different", "A", "A", "A"), ("options", "different", "A", "A", " A ", "B")]]]
 
@@ -159,7 +158,7 @@ def test_bad_rows_are_told_with_field_and_reason_or_left_out(rows_in, capsys, na
         place, reason = entry["reason"].split(f"): {field}: ", 1)
         has_id = isinstance(entry["row"], dict) and "problem_id" in entry["row"]
         id = repr(entry["row"]["problem_id"]) if has_id else "no id"
-        assert place == f"{file}: row {number} ({id}" and words in reason, entry
+        assert place == f"{file}: row {number} ({id}" and re.search(words, reason), entry
         assert (place + reason).isprintable(), entry  # one line, whatever the row holds
     for bad, more in [(20, []), (21, ["... and 1 more"])]:
         with pytest.raises(data.DataError, match="leave them out with --skip_bad") as caught:
@@ -172,13 +171,13 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
     text, other = f'{json.dumps(paper_row())}\n\n{{"torn": \n', rows_in.folder / "other"  # blank lines count
     assert len(rows_in(name="rows.jsonl", text=text, skip_bad=True, skipped_path=other)) == 1
     entry = json.loads(other.read_text())
-    assert entry["row"] == '{"torn": ' and "row 3 (no id): broken JSON: " in entry["reason"]
+    assert entry["row"] == '{"torn": ' and "row 3 (no id): Expecting value: line 1 column 10" in entry["reason"]
     rows_in(paper_row(), skip_bad=True)
     assert not (rows_in.folder / "skipped.jsonl").exists()
-    with pytest.raises(data.DataError, match="(?s)2 of 2 rows are bad.*row 1 .*row 2 .*No row is left"):
-        rows_in({}, [], skip_bad=True)
-    with pytest.raises(data.DataError, match="can't be written"):
-        rows_in(paper_row(), {}, skip_bad=True, skipped_path=rows_in.folder / "rows.json/file")
+    for rows, place, words in [(({}, []), None, "(?s)2 of 2 rows are bad.*row 1 .*row 2 .*No row is left"),
+                               ((paper_row(), {}), rows_in.folder / "rows.json/file", "can't be written")]:
+        with pytest.raises(data.DataError, match=words):
+            rows_in(*rows, skip_bad=True, skipped_path=place)
     for depth in range(850, 1000):  # somewhere here is the edge of what JSON can nest
         with pytest.raises(data.DataError):
             rows_in(name="rows.jsonl", text="[" * depth + "]" * depth, skip_bad=True)
@@ -188,10 +187,10 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
     *[("rows.json", text, "empty") for text in (b"", b"\xef\xbb\xbf \n", b"[]")], ("rows.jsonl", b"\n \n", "empty"),
     ("rows.json", b"{}", "list of rows"), ("rows.json", b"3", "list of rows"), ("rows.json", b"\xff\xfe[\0]", "UTF-8"),
     ("rows.json", b'[{"a": 1},\n {"b" 2}]', "line 2 column 7"), ("rows.json", b'{"a": 1}\n{"a": 2}\n', "jsonl"),
-    ("rows.json", b"[" * 5000, "broken JSON"), ("rows.json", b"[" + b"1" * 5000 + b"]", "broken JSON"),
-    ("rows.jsonl", b'{"a"\n', r"row 1 \(no id\): broken JSON: .*column"), ("rows.jsonl", b"[" * 5000, "broken JSON"),
+    ("rows.json", b"[" * 5000, "no JSON"), ("rows.json", b"[" + b"1" * 5000 + b"]", "no JSON"),
+    ("rows.jsonl", b'{"a"\n', r"row 1 \(no id\): .*column"), ("rows.jsonl", b"[" * 5000, "row 1 .*recursion"),
     ("rows.parquet", b"PAR1", "read_parquet.*to_json"), ("rows.csv", b"a,b", "json"), ("rows", b"[]", "json"),
-    ("none.json", None, "No such file"), ("", None, "must be one .json or .jsonl"), ("dir.json", None, "must be one")])
+    ("none.json", None, "No such file"), ("", None, "must be one .json or .jsonl"), ("dir.json", None, "directory")])
 def test_files_that_are_no_rows(rows_in, name, text, words):
     (rows_in.folder / "dir.json").mkdir()
     with pytest.raises(data.DataError, match=words) as caught:
@@ -206,8 +205,8 @@ def test_byte_order_mark_line_ends_and_image_root(rows_in, tmp_path):
     path.write_text(f"[{row}]")
     (tmp_path / "root").symlink_to(rows_in.folder)  # the root itself may be a link
     assert data.load_examples(path, tmp_path / "root") == examples and examples[0].problem == "one\u2028two"
-    for root, words in [(None, "no file"), (tmp_path / "none", "image_root: .* is not a folder")]:
-        with pytest.raises(data.DataError, match=words):
+    for root in (None, tmp_path / "none"):
+        with pytest.raises(data.DataError, match="no file './images/a.png' inside"):
             data.load_examples(path, root)
     with pytest.raises(data.DataError, match="no absolute path"):
         rows_in(paper_row(path=examples[0].image))  # though it leads inside
@@ -258,13 +257,12 @@ def png(width, height, depth, colour, content, transparency=b"", end=True):
     (401, 2, {}, "aspect"), (2, 401, {}, "aspect"), (400, 2, {}, None), (2, 400, {}, None),
     (21, 2, {"max_aspect": 10}, "aspect"), (20, 2, {"max_aspect": 10}, None),
     (10, 10, {"max_image_pixels": 99}, "more than 99 in all"), (10, 10, {"max_image_pixels": 100}, None),
-    (8, 7, {"min_side": 8}, "less than 8"), (7, 8, {"min_side": 8}, "less than 8"), (8, 8, {"min_side": 8}, None),
     (10_000, 10_000, {}, None), (10_000, 10_001, {}, "more than 100,000,000 in all"),
     (20_000, 20_000, {}, "can't be read .*bomb")])
 def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width, height, limits, words):
     (rows_in.folder / "images/s.png").write_bytes(png(width, height, 8, 0, b"\0", end=words is None))
     monkeypatch.setattr(data, "open_picture", lambda path: pytest.fail("decoded"))
-    reason = rf"images/s.png' (has {width} x {height} pixels, .*)?{words}"
+    reason = rf"images/s.png' (has {width} x {height} pixels: .*)?{words}"
     with contextlib.nullcontext() if words is None else pytest.raises(data.DataError, match=reason):
         assert rows_in(paper_row(path="images/s.png"), **limits)
 
@@ -272,35 +270,50 @@ def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about damaged tags
 @pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp", "bmp", "tif", "ppm"])
 def test_damaged_pictures(rows_in, monkeypatch, kind):
+    """Truncated files are found when rows are checked; in a PNG also any wrong byte, when it is opened."""
     row, rng = paper_row(path=f"images/d.{kind}"), np.random.default_rng(0)
     path = rows_in.folder / row["path"]
-    with pytest.raises(data.DataError, match=str(path)):
-        data.open_picture(path)  # not there
     NOISE.resize((8, 8)).save(path, "JPEG")
     NOISE.crop((0, 0, 60, 50)).save(path, **{"comment": path.read_bytes()} if kind == "jpg" else {})  # whole one inside
     whole, fine = path.read_bytes(), kind in ("bmp", "tif", "ppm")
     with monkeypatch.context() as patch:  # whole JPEG, PNG, GIF and WEBP are known by their ends, and not decoded
         patch.setattr(data, "open_picture", lambda path: fine or pytest.fail("decoded"))
         assert rows_in(row)
-    for part in (10, len(whole) // 3, len(whole) // 2, len(whole) - 200, len(whole) - 40):
-        path.write_bytes(whole[:part])
-        with pytest.raises(data.DataError, match="path: '.*can't be read as a picture"):
-            rows_in(row)
-        with pytest.raises(data.DataError, match=str(path)):
-            data.open_picture(path)
     if kind in ("jpg", "png", "gif"):  # data of others after the end, as cameras write: fine
         path.write_bytes(whole + b"maker's own data")
         assert rows_in(row) and data.open_picture(path).size == (60, 50)
+    for part in (10, len(whole) // 3, len(whole) // 2, len(whole) - 200, len(whole) - 40):
+        path.write_bytes(whole[:part])
+        for look in (lambda: rows_in(row), lambda: data.open_picture(path)):
+            with pytest.raises(data.DataError, match=f"path: '{path}' can't be read as a picture"):
+                look()
     for _ in range(150):
         damaged = bytearray(whole)
         for at in rng.integers(0, 150, 2):
             damaged[at] = rng.integers(256)
         path.write_bytes(damaged)
         try:
-            data.check_picture(str(path.parent), path.name, 200, 100_000, 1)  # before decoding: sizes may be wild now
+            data.check_picture(str(path.parent), path.name, 200, 100_000)  # before decoding: sizes may be wild now
             data.open_picture(path)
+            assert kind != "png" or damaged == whole
         except data.DataError as error:
             assert path.name in str(error)
+    path.unlink()
+    with pytest.raises(data.DataError, match=str(path)):
+        data.open_picture(path)
+
+
+def tiff(values, bits, tags):
+    """An uncompressed grey TIFF by hand: one strip of 2 x 3 pixels, unless `tags` say otherwise."""
+    entries = {256: 3, 257: 2, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 274: 1, 277: 1, 279: len(values)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in (entries | tags).items())
+    return b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + values
+
+
+def bmp(alpha):
+    """Two pixels with an alpha mask."""
+    header = struct.pack("<IiiHHIIiiIIIIII", 56, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0, 0xff0000, 0xff00, 0xff, 0xff000000)
+    return b"BM" + struct.pack("<IHHI", 78, 0, 0, 70) + header + bytes([10, 20, 30, 0, 40, 50, 60, alpha])
 
 
 PALETTE, FRAMES = Image.new("P", (2, 1)), [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue", "lime")]
@@ -324,78 +337,49 @@ SEEN = [  # file name, content (a picture; an array and its type; a whole file),
     *[(name, PALETTE, {"transparency": 0}, [[255, (50, 60, 70)]]) for name in ("x.png", "x.gif")],
     *[("x.png", png(2, 1, *content), {}, [pixels]) for content, pixels in [
         ((1, 0, b"\0\x40", b"\0\0"), [255, 255]), ((8, 0, b"\0\x03\x09", b"\0\x03"), [255, 9]),
-        ((16, 0, b"\0\0\x03\x80\0", b"\0\x03"), [255, 128]),
         ((8, 2, b"\0\1\2\3\4\5\6", b"\0\1\0\2\0\3"), [255, (4, 5, 6)]),
         ((16, 4, b"\0" + bytes([40, 0, 0, 0, 40, 0, 255, 255])), [255, 40])]],
+    *[("x.bmp", bmp(alpha), {}, [[first, (60, 50, 40)]]) for alpha, first in ((0, (30, 20, 10)), (255, 255))],
     *[(f"x.{kind}", Image.new("CMYK", (2, 1), (255, 0, 0, 0)), {}, [[(0, 255, 255)] * 2]) for kind in ("tif", "jpg")],
     *[(f"x.{kind}", FRAMES[0], {"save_all": True, "append_images": FRAMES[1:], "lossless": True}, [[(255, 0, 0)] * 2])
       for kind in ("gif", "png", "webp", "tif")],
     *[(f"x.{kind}", (np.dstack([SIX] * 3), "u1"), {"exif": EXIF[turn], "lossless": True, "subsampling": 0}, seen)
       for kind in ("jpg", "png", "tif", "webp") for turn, seen in enumerate(TURNED, 1)],
+    *[("x.tif", tiff((np.array(SIX) * white // 255).astype(kind).tobytes(), bits, {274: turn}), {}, TURNED[turn - 1])
+      for turn in (5, 6, 7, 8) for bits, kind, white in ((8, "u1", 255), (16, "<u2", 65535))],
     *[(f"x.{kind}", (SIX, "u1"), {"exif": b"Exif\0\0not TIFF", "lossless": True}, SIX) for kind in ("jpg", "webp")],
     ("x.jpg", (SIX, "u1"), {"exif": ODD_TAG[6]}, TURNED[5])]  # an odd tag beside the orientation
+REFUSED = [  # what Pillow reads without a word, and wrongly
+    ("inverse.tif", tiff(bytes(12), 16, {262: 0})), ("12.tif", tiff(bytes(3), 12, {256: 2, 257: 1})),
+    ("2.png", png(2, 1, 2, 0, b"\0\x70", b"\0\1")), ("4.png", png(2, 1, 4, 0, b"\0\x35", b"\0\3")),
+    ("16.png", png(2, 1, 16, 0, b"\0\0\x03\x80\0", b"\0\x03")),
+    ("rgb16.png", png(1, 1, 16, 2, b"\0" + bytes(6), b"\x80" + bytes(5))), ("i.tif", ([[0, 9]], "i4")),
+    ("f.tif", ([[0, 0.5]], "f4")), ("x.pfm", ([[0, 0.5]], "f4")), ("x.avif", FRAMES[0]), ("x.jp2", FRAMES[0])]
 
 
 @pytest.mark.filterwarnings("error")
-
-
-@pytest.mark.parametrize("name, content, saved, pixels", SEEN, ids=lambda value: str(value)[:20])
-def test_pictures_as_a_person_sees_them(tmp_path, name, content, saved, pixels):
+@pytest.mark.parametrize("name, content, saved, pixels", [*SEEN, *[(*refused, {}, None) for refused in REFUSED]],
+                         ids=lambda value: str(value)[:20])
+def test_pictures_as_a_person_sees_them_or_refused(tmp_path, name, content, saved, pixels):
+    path = tmp_path / name
     if isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
+        path.write_bytes(content)
     else:
-        (Image.fromarray(np.array(*content)) if isinstance(content, tuple) else content).save(tmp_path / name, **saved)
-    picture = data.open_picture(tmp_path / name)
+        (Image.fromarray(np.array(*content)) if isinstance(content, tuple) else content).save(path, **saved)
+    if pixels is None:
+        for look in (lambda: data.open_picture(path), lambda: data.check_picture(str(tmp_path), name)):
+            with pytest.raises(data.DataError, match=f"{name}.*save it as 8-bit PNG or JPEG"):
+                look()
+        return
+    picture = data.open_picture(path)
     expected = np.array([[pixel if isinstance(pixel, tuple) else [pixel] * 3 for pixel in row] for row in pixels])
     assert picture.mode == "RGB" and np.shape(picture) == expected.shape
     assert abs(np.asarray(picture).astype(int) - expected).max() <= (8 if name == "x.jpg" else 0)
 
 
-def tiff(values, bits, tags):
-    """An uncompressed grey TIFF by hand: one strip of 2 x 3 pixels, unless `tags` say otherwise."""
-    entries = {256: 3, 257: 2, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 274: 1, 277: 1, 279: len(values)}
-    entries |= tags
-    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
-    return b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + bytes(values)
-
-
-def test_pictures_are_right_or_refused(tmp_path):
-    """What Pillow reads without a word, and wrongly."""
-    path, stored = tmp_path / "x.tif", np.array([[0, 50, 100], [150, 200, 250]])
-    for turn, seen in ((5, stored.T), (6, stored[::-1].T), (7, stored[::-1, ::-1].T), (8, stored[:, ::-1].T)):
-        for bits, scale in ((8, "<u1"), (16, "<u2")):
-            path.write_bytes(tiff((stored * (257 if bits == 16 else 1)).astype(scale).tobytes(), bits, {274: turn}))
-            assert np.array_equal(np.asarray(data.open_picture(path))[..., 0], seen)
-    refused = {"inverse.tif": tiff(bytes(12), 16, {262: 0}), "12.tif": tiff(bytes(3), 12, {256: 2, 257: 1}),
-               "4.png": png(2, 1, 4, 0, b"\0\x35", b"\0\3"),
-               "2.png": png(2, 1, 2, 0, b"\0\x70", b"\0\1"),
-               "16.png": png(1, 1, 16, 2, b"\0" + bytes(6), b"\x80" + bytes(5))}
-    for name, values in (("i.tif", np.int32([[0, 9]])), ("f.tif", np.float32([[0, 0.5]]))):
-        Image.fromarray(values).save(tmp_path / name)
-        refused[name] = (tmp_path / name).read_bytes()
-    for name, kind in (("x.avif", "AVIF"), ("x.jp2", "JPEG2000")):
-        Image.new("RGB", (9, 9)).save(tmp_path / name)
-        refused[name] = (tmp_path / name).read_bytes()
-        with pytest.raises(data.DataError, match=kind):
-            data.open_picture(tmp_path / name)
-    for name, content in refused.items():
-        (tmp_path / name).write_bytes(content)
-        for look in (data.open_picture, lambda path: data.check_picture(str(tmp_path), path.name, 200, 10_000, 1)):
-            with pytest.raises(data.DataError, match=f"{name}.*save it as 8-bit PNG or JPEG"):
-                look(tmp_path / name)
-    for alpha, seen in ((0, [[30, 20, 10], [60, 50, 40]]), (255, [[255] * 3, [60, 50, 40]])):  # 0 everywhere: opaque
-        header = struct.pack("<IiiHHIIiiIIIIII", 56, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0, 0xff0000, 0xff00, 0xff, 0xff000000)
-        (tmp_path / "a.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 78, 0, 0, 70) + header
-                                         + bytes([10, 20, 30, 0, 40, 50, 60, alpha]))
-        assert np.asarray(data.open_picture(tmp_path / "a.bmp"))[0].tolist() == seen
-
-
-PICTURES = Path(__file__).resolve().parent / "../shared/pictures.json"
-
-
-@pytest.mark.skipif(not PICTURES.exists(), reason="a clone stands alone: the test above makes such files")
-def test_shared_pictures(tmp_path):
-    for case in json.loads(PICTURES.read_text("utf-8")):
+@pytest.mark.skipif(not SHARED.is_dir(), reason="a clone stands alone: the tests above make rows and files of their own")
+def test_shared_rows_and_pictures(rows_in, tmp_path):
+    for case in json.loads((SHARED / "pictures.json").read_text("utf-8")):
         path = tmp_path / case["name"]
         path.write_bytes(base64.b64decode(case["file_base64"]))
         try:
@@ -403,51 +387,27 @@ def test_shared_pictures(tmp_path):
             assert np.abs(seen - case["expected_rgb"]).max() <= case["tolerance"], case["id"]
         except data.DataError as error:
             assert path.name in str(error) and "guard" not in case["note"]
-
-
-def test_a_wrong_byte_in_the_middle_of_a_png_is_found(tmp_path):
-    path, rng = tmp_path / "x.png", random.Random(0)
-    Image.new("RGB", (200, 200), "red").save(path)  # zlib alone lets a quarter pass
-    whole = path.read_bytes()
-    for at in [rng.randrange(50, len(whole) - 20) for _ in range(50)]:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1:])
-        with pytest.raises(data.DataError, match="x.png"):
-            data.open_picture(path)
-
-
-def test_every_row_can_be_won_and_options_are_shown_with_letters(rows_in):
-    for kind in ("numerical", "OCR", "free-form", "text"):
-        for solution in ("x > 5", "red, blue", "...", "½", "\\", "1/0", "(", "Denali"):
-            example, = rows_in(paper_row(problem_type=kind, solution=solution, problem="How many?\n<image>"))
-            assert outcome_of(example.solution, example.solution, kind) == 1 and example.problem == "How many?"
-    for options, shown in ((["dog", "cat"], "A. dog\nB. cat"), (["1. dog", "2. cat"], "A. 1. dog\nB. 2. cat"),
-                           (["(A) dog", "(B) cat"], "(A) dog\n(B) cat"), (["B", "A"], "\nB\nA\n"),
-                           (["O", "A"], "\nO\nA\n")):
-        assert shown in data.question_text(rows_in(paper_row(**choice(options[0], *options)))[0])
-
-
-def test_fields_and_files_by_another_name_are_pointed_at(rows_in):
-    Image.new("RGB", (9, 9)).save(rows_in.folder / "images/caf\u00e9.png")
-    for changes, said in [({"path": "DROP", "images": ["x"]}, "path: is missing; 'images' looks like it"),
-                          ({"solution": "DROP", "answer": "5"}, "solution: is missing; 'answer' looks like it"),
-                          ({"path": "images/cafe\u0301.png"}, "in another Unicode form")]:
-        with pytest.raises(data.DataError, match=said):
-            rows_in(paper_row(**changes))
-    assert len(rows_in(paper_row(path="images/caf\u00e9.png"))) == 1
-
-
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason="a clone stands alone: the tests above make rows of their own")
-def test_the_sample(rows_in):
-    examples = data.load_examples(SAMPLE / "rows.json")
-    assert examples == data.load_examples(SAMPLE / "rows.jsonl") and examples[4].solution == "B"
+    examples, odd = data.load_examples(SHARED / "sample/rows.json"), SHARED / "sample/odd"
+    assert examples == data.load_examples(SHARED / "sample/rows.jsonl") and examples[4].solution == "B"
     assert [(e.id, e.image is None) for e in examples] == [(str(i), i == 4) for i in range(1, 13)]
-    odd, paths = SAMPLE / "odd", sorted((SAMPLE / "odd").iterdir())
+    paths = sorted(odd.iterdir())
     sound = rows_in(*[paper_row(problem_id=p.name, path=p.name) for p in paths], image_root=odd, skip_bad=True)
     assert {p.name for p in paths} - {e.id for e in sound} == {"truncated.jpg"}
     assert all(np.std(data.open_picture(e.image)) > 0 for e in examples + sound if e.image)
     board = np.asarray(data.open_picture(odd / "chessboard_GRAY_U16.tif"))
     assert (board < 50).mean() > 0.3 and (board > 200).mean() > 0.3
-    assert (np.asarray(data.open_picture(SAMPLE / "images/horse.png"))[0] > 250).all()  # transparent there
+    assert (np.asarray(data.open_picture(SHARED / "sample/images/horse.png"))[0] > 250).all()  # transparent there
+
+
+def test_every_row_can_be_won_and_options_are_shown_with_letters(rows_in):
+    for kind in ("numerical", "OCR", "free-form", "text"):
+        for solution in ("x > 5", "red, blue", "...", "½", "\\", "1/0", "(", "Denali"):
+            example, = rows_in(paper_row(problem_type=kind, solution=solution))
+            assert outcome_of(example.solution, example.solution, kind) == 1
+    for options, shown in ((["dog", "cat"], "A. dog\nB. cat"), (["1. dog", "2. cat"], "A. 1. dog\nB. 2. cat"),
+                           (["(A) dog", "(B) cat"], "(A) dog\n(B) cat"), (["B", "A"], "\nB\nA\n"),
+                           (["O", "A"], "\nO\nA\n")):
+        assert shown in data.question_text(rows_in(paper_row(**choice(options[0], *options)))[0])
 
 
 # ---------------------------------------------------------------- section 3.3: the outcome reward
