@@ -2951,20 +2951,21 @@ def test_memory_of_the_published_sizes(shape, weights, world):
 # ---------------------------------------------------------------- a model folder is right, or named
 
 
-def weights_of(change):
-    """Rewrites the weights of a folder."""
+def model_copy(folders, tmp_path):
+    shutil.rmtree(tmp_path / "model", ignore_errors=True)
+    shutil.copytree(folders / "model", tmp_path / "model")
+    (tmp_path / "model/SHA256SUMS").unlink()
+    return tmp_path / "model"
+
+
+def weights_of(pattern="^$", new=None, more={}):
+    """Drops or renames the weights of a folder whose names match, and adds some."""
     def rewrite(folder):
         path = folder / "model.safetensors"
-        save_file({name: weight.clone() for name, weight in change(load_file(path)).items()}, path, {"format": "pt"})
+        kept = {re.sub(pattern, new or "", name): weight.clone() for name, weight in load_file(path).items()
+                if new or not re.search(pattern, name)}
+        save_file(kept | more, path, {"format": "pt"})
     return rewrite
-
-
-def without_weights(part):
-    return weights_of(lambda weights: {name: weight for name, weight in weights.items() if part not in name})
-
-
-def renamed(pattern, new):
-    return weights_of(lambda weights: {re.sub(pattern, new, name): weight for name, weight in weights.items()})
 
 
 def settings_of(name, **changes):
@@ -2986,33 +2987,31 @@ def writes(name, content):
 
 
 @pytest.mark.parametrize("harm, said", [
-    (untied, "1 weights are missing in its .*first lm_head.weight"),
-    (without_weights("visual"), "30 weights are missing"),
-    (without_weights("layers.1."), "12 weights are missing"), (renamed("^", "module."), "weights are missing"),
-    (renamed("^", "base_model.model."), "weights are missing"), (renamed("q_proj", "query"), "8 weights are missing"),
-    (weights_of(lambda weights: weights | {"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
-    (weights_of(lambda weights: weights | {"model.language_model.norm.weight": torch.ones(3)}),
-     "1 weights are mismatched"),
+    (untied, "1 weights are missing in its .*first lm_head.weight"), (weights_of("visual"), "30 weights are missing"),
+    (weights_of("layers.1."), "12 weights are missing"), (weights_of("^", "base_model.model."), "weights are missing"),
+    (weights_of("q_proj", "query"), "8 weights are missing"),
+    (weights_of(more={"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
+    (weights_of(more={"model.language_model.norm.weight": torch.ones(3)}), "1 weights are mismatched"),
     (settings_of("config.json", model_type="qwen3_5"), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
-    (settings_of("config.json", model_type="qwen2"), "it is a qwen2, "), (writes("config.json", "{}"), "config.json"),
-    (writes("config.json", '{"model'), "config.json"), (settings_of("tokenizer_config.json", chat_template=None), None),
+    (writes("config.json", "{}"), "config.json"), (writes("config.json", '{"model'), "config.json"),
+    (settings_of("tokenizer_config.json", chat_template=None), None),
     (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), "its chat template .*: no system"),
-    (writes("chat_template.jinja", "{% for m in messages %}<|im_start|>{{ m.content[0].text }}<|im_end|>{% endfor %}"),
-     "its chat template doesn't show a system message, a picture"),
+    *[(writes("chat_template.jinja", "{% for m in messages %}<|im_start|>" + turn + "{% endfor %}"),
+       "its chat template .*: it doesn't show a system message, a picture") for turn in (
+        "{{ m.content[0].text }}<|im_end|>", "<|image_pad|>{{ m.content[-1].text or m.content }}")],
     (writes("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), r"its \*.safetensors are damaged"),
     (lambda folder: os.truncate(folder / "model.safetensors", 10 ** 6), r"its \*.safetensors are damaged"),
     (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
     (writes("SHA256SUMS", "a list of somebody's own\n"), None)])
 def test_a_model_folder_is_right_or_named(folders, tmp_path, harm, said):
     """For a policy and for a judge, by what loads both."""
-    shutil.copytree(folders / "model", tmp_path / "model")
-    (tmp_path / "model/SHA256SUMS").unlink()
-    harm(tmp_path / "model")
+    folder = model_copy(folders, tmp_path)
+    harm(folder)
     if said is None:
-        sophia_min.load(tmp_path / "model", road_config())
+        sophia_min.load(folder, road_config())
         return
-    with pytest.raises(SystemExit, match=f"^{tmp_path}/model can't be used: .*{said}") as stop:
-        sophia_min.load(tmp_path / "model", road_config())
+    with pytest.raises(SystemExit, match=f"^{folder} can't be used: .*{said}") as stop:
+        sophia_min.load(folder, road_config())
     assert "\n" not in str(stop.value) and "network" not in str(stop.value)
 
 
@@ -3030,23 +3029,19 @@ def test_of_a_checkpoints_generation_settings_only_its_ends_count(road, road_exa
     assert torch.equal(ids[0], ids[2]) and torch.equal(ids[1], ids[3]) and spoilt.generation_config.num_beams == 3
     end, pad = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     for stored, ends in [({}, [end]), ({"eos_token_id": pad}, [end, pad]), ({"eos_token_id": [pad, end]}, [end, pad])]:
-        shutil.rmtree(tmp_path / "model", ignore_errors=True)
-        shutil.copytree(folders / "model", tmp_path / "model")
-        (tmp_path / "model/SHA256SUMS").unlink()
-        (tmp_path / "model/generation_config.json").write_text(json.dumps(stored))
-        assert sophia_min.end_ids(sophia_min.load(tmp_path / "model", road_config())[0]) == ends
+        folder = model_copy(folders, tmp_path)
+        writes("generation_config.json", json.dumps(stored))(folder)
+        assert sophia_min.end_ids(sophia_min.load(folder, road_config())[0]) == ends
 
 
 def test_tags_count_whoever_writes_them(road, road_examples, tmp_path):
     """Tags that are special tokens are text in a response; one that the template opens with counts as written; the
     template in chat_template.json wins."""
-    processor = copy.deepcopy(road[1])
-    text = "<think>x</think><answer>A</answer>"
+    processor, text = copy.deepcopy(road[1]), "<think>x</think><answer>A</answer>"
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</answer>"]})
-    ids = torch.tensor(processor.tokenizer(text).input_ids + [2, 0])
-    assert processor.decode(ids, [2, 0]) == text
-    road[0].save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    assert processor.decode(torch.tensor(processor.tokenizer(text).input_ids + [2, 0]), [2, 0]) == text
+    for part in (road[0], processor):
+        part.save_pretrained(tmp_path)
     template = processor.tokenizer.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     policy, opened = sophia_min.load(tmp_path, road_config())
@@ -3094,28 +3089,26 @@ def test_responses_without_the_format_are_reported_once(run, capsys):
 def family_model(kind):
     """A tiny Qwen2-VL or Qwen3-VL (16-pixel patches, deepstack) with the toy's tokenizer."""
     tokenizer = data.toy_tokenizer()
-    pad, _, end, vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(data.SPECIAL_TOKENS)
+    pad, _, end, *vision_ids = tokenizer.convert_tokens_to_ids(data.SPECIAL_TOKENS)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, pad_token_id=pad,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-                bos_token_id=None, eos_token_id=end)
-    ids = dict(vision_start_token_id=vision_start, vision_end_token_id=vision_end, image_token_id=image,
-               video_token_id=video, tie_word_embeddings=True)
+                bos_token_id=None, eos_token_id=end, rope_parameters=rope)
+    vision = dict(depth=2, num_heads=2)
     if kind == "qwen2_vl":
-        config = Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=dict(
-            depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2), **ids)
+        config, patch = Qwen2VLConfig, 14
+        vision |= dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
     else:
-        rope |= {"mrope_interleaved": True}
-        config = Qwen3VLConfig(text_config=text | {"head_dim": 16, "rope_parameters": rope}, vision_config=dict(
-            depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
-            deepstack_visual_indexes=[0, 1], num_position_embeddings=64), **ids)
+        config, patch = Qwen3VLConfig, 16
+        text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}}
+        vision |= dict(depth=3, hidden_size=32, intermediate_size=64, out_hidden_size=64,
+                       deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.03)
+    model = moved(AutoModelForImageTextToText.from_config(config(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(names, vision_ids)))).eval(), 1, 0.03)
     model.generation_config = GenerationConfig(eos_token_id=[end, *range(300, 400)], pad_token_id=pad)
-    return model, data.Processor(tokenizer, data.Qwen2VLImageProcessorPil(patch_size=14 if kind == "qwen2_vl" else 16))
+    return model, data.Processor(tokenizer, data.Qwen2VLImageProcessorPil(patch_size=patch))
 
 
 @pytest.mark.parametrize("kind, official", [("qwen2_vl", Qwen2VLForConditionalGeneration),
@@ -3143,14 +3136,14 @@ def test_its_sisters_run_the_whole_road(kind, official, flags, road_examples, tm
 
 
 @pytest.mark.parametrize("command, reason", [
-    ("--group_size 1", "--group_size must be 2 or more"), ("--steps 0", "steps"), ("--alpha -1", "alpha"),
-    ("--temperature 0", "temperature"), ("--clip_eps 2", "--clip_eps must be below 1"),
+    ("--group_size 1", "--group_size must be 2 or more"), ("--alpha -1", "alpha"), ("--clip_eps 2", "must be below 1"),
     ("--anneal maybe", "anneal"), ("--trust blind", "trust"), ("--resume nowhere", "so no run to continue"),
-    ("--max_pixels 10", "max_pixels"), ("--data x.json", "oracle"), ("--save_every 0", "save_every"),
-    ("--seed -1", "seed"), ("--lr nan", "lr"), ("--lr inf", "lr"), ("--steps 1.5", "steps"), ("--device gpu", "cuda:N"),
-    ("--toy_pixels 448", "56"), ("--rm_prompt x", "no such file"), ("--rm_mode guess", "rm_mode"), ("x", "x: there"),
+    ("--data x.json", "oracle"), ("--lr nan", "lr"), ("--lr inf", "lr"), ("--steps 1.5", "steps"),
+    ("--device gpu", "cuda:N"), ("--toy_pixels 448", "56"), ("--rm_prompt x", "no such file"), ("x", "x: there"),
     ("--modle toy", "--modle: there is no such option; do you mean --model?"), ("--model", "expected one argument"),
     ("--min_new_tokens 99 --max_new_tokens 9", "must not be above --max_new_tokens"), ("--study", "--study"),
+    *((f"--{name} {least / 2 - 1 if type(least) is float else least - 1}", name)
+      for name, least in sophia_min.LEAST.items()),
     *(() if torch.cuda.is_available() else [("--device cuda", "torch sees no CUDA device")])])
 def test_a_wrong_command_line_ends_in_one_line(capsys, command, reason):
     said = end_of(capsys, command.split(), 2)
@@ -3172,8 +3165,9 @@ def test_help_names_the_sources(capsys):
     with pytest.raises(SystemExit):
         sophia_min.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Eq. 4 (0.3: paper, section 4)" in shown and "(0.2: released config)" in shown and "(0: ours)" in shown
-    assert "(1500: paper, section 4; 70 with --model toy)" in shown
+    for said in ("Eq. 4 (0.3: paper, section 4)", "(0.2: released config)", "(0: ours)",
+                 "(1500: paper, section 4; 70 with --model toy)"):
+        assert said in shown
 
 
 def test_without_a_network_a_model_id_ends_in_one_line(flags, capsys):
