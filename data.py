@@ -33,7 +33,6 @@ from statistics import fmean, stdev
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -163,13 +162,12 @@ def open_picture(path):
         if picture.mode.startswith("I"):  # 16 bits, as "I;16" or (PGM) as "I": convert("RGB") would clip at 255
             values = np.asarray(picture).astype(np.float64)
             white = 65535 if values.max() > 255 else 255
-            rgb = Image.fromarray((values / white * 255).round().astype(np.uint8)).convert("RGB")
+            picture = Image.fromarray((values / white * 255).round().astype(np.uint8))
         elif picture.has_transparency_data and not (picture.format == "BMP" and picture.getextrema()[3] == (0, 0)):
-            rgba = picture.convert("RGBA")
-            rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        else:
-            rgb = picture.convert("RGB")
-        return rgb if turn is None else rgb.transpose(turn)
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("RGB")
+        return picture if turn is None else picture.transpose(turn)
 
 
 def check_picture(root, name, max_aspect=200, max_image_pixels=100_000_000):
@@ -207,19 +205,17 @@ def load_examples(path, image_root=None, *, skip_bad=False, skipped_path=None, *
         except (ValueError, RecursionError) as error:  # a DataError, or broken JSON
             name = show(row["problem_id"]) if isinstance(row, dict) and "problem_id" in row else "no id"
             bad.append({"reason": f"{path}: row {number} ({name}): {error}", "row": row})
-    _leave_out(path, bad, examples, skip_bad, skipped_path or path.with_name("skipped.jsonl"), "Correct them")
+    _leave_out(path, bad, examples, skip_bad, skipped_path or path.with_name("skipped.jsonl"))
     return examples
 
 
-def _leave_out(path, bad, kept, skip_bad, listed, advice, before=()):
-    """What becomes of bad rows, each {"reason", ..}: DataError, or with skip_bad a list of them in the file `listed`.
-    """
+def _leave_out(path, bad, kept, skip_bad, listed, before=()):
+    """Bad rows, each {"reason", ..}, are told in a DataError or, with skip_bad, listed in the file `listed`."""
     count = f"{len(bad)} of {len(bad) + len(kept)} rows"
     if bad and not (skip_bad and kept):
-        raise DataError("\n".join([
-            f"{path}: {count} are bad", *(row["reason"] for row in bad[:20]),
-            *[f"... and {len(bad) - 20} more"] * (len(bad) > 20),
-            f"{advice}, or leave them out with --skip_bad." if kept else f"No row is left. {advice}."]))
+        more = [f"... and {len(bad) - 20} more"] * (len(bad) > 20)
+        advice = "Correct them, or leave them out with --skip_bad." if kept else "No row is left: correct them."
+        raise DataError("\n".join([f"{path}: {count} are bad", *(row["reason"] for row in bad[:20]), *more, advice]))
     if bad:
         try:
             write_atomic(listed, "".join(json.dumps(row) + "\n" for row in [*before, *bad]))
@@ -260,8 +256,7 @@ def _check_row(row, number, ids, find_picture):
         raise DataError(f"row: must be an object with the paper's fields, is {show(row)}")
     # type() is int: true is an int too for isinstance
     id = str(row["problem_id"]) if type(row.get("problem_id")) is int else _text(row, "problem_id")
-    kind, data_type, problem, truth = (_text(row, name) for name in (
-        "problem_type", "data_type", "problem", "solution"))
+    kind, data_type, problem, truth = [_text(row, f) for f in ("problem_type", "data_type", "problem", "solution")]
     if tagged := re.search("(?is)<answer>(.*)</answer>", truth):
         truth = tagged[1]
     truth, chooses, has_picture = truth.strip(), kind == "multiple choice", data_type == "image"
@@ -300,8 +295,6 @@ ANSWER_FORM = {
 }
 PICTURE = object()  # the part of a message that is the picture
 STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"  # for text, while a chat template is rendered
-MODEL_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError,
-                TemplateError)  # what loading raises for files that are odd or damaged
 
 
 def question_text(example):
@@ -349,14 +342,14 @@ class Processor:
             end = self.special.match(parts[-1])
             if len(parts) != 4 or "<|image_pad|>" not in pieces or not end:
                 raise ValueError("it doesn't show a system message, a picture and the end of a turn")
-        except (ValueError, TypeError, TemplateError) as error:
+        except Exception as error:
             raise ValueError(f"its chat template (chat_template.jinja or tokenizer_config.json): {error}") from error
         self.turn_end = tokenizer.convert_tokens_to_ids(end[0])
         self.opening = "<think>" * parts[-1].rstrip().endswith("<think>")  # a tag that the template has written
 
     @classmethod
     def from_pretrained(cls, name, max_pixels=None):
-        """The processor of a Hugging Face id or folder. Raises one of MODEL_ERRORS where there is none that will do."""
+        """The processor of a Hugging Face id or folder. Raises nearly anything where there is none that will do."""
         tokenizer = AutoTokenizer.from_pretrained(name)
         if template := cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False):
             tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]  # it wins, as elsewhere
@@ -381,9 +374,9 @@ class Processor:
         return self.tokenizer.decode([id for id in ids.tolist() if id not in ends])
 
     def chat(self, messages, image=None):
-        """The Prompt of a conversation in which the assistant speaks next; messages: (role, part, ..), parts being text
-        or PICTURE, which is left out where `image` is None. The template sees stand-ins: no text can end a turn.
-        Text between special tokens is encoded in one piece, as the official processor does."""
+        """The Prompt of messages (role, part, ..) that the assistant goes on from; a part is text or PICTURE, left out
+        without `image`. The template sees stand-ins: no text can end a turn. Text between special tokens is encoded in
+        one piece, as the official processor does."""
         shown = tuple((role, "".join("p" * (image is not None) if part is PICTURE else "t" for part in parts))
                       for role, *parts in messages)
         texts, ids = iter([part for _, *parts in messages for part in parts if part is not PICTURE]), []
@@ -425,10 +418,10 @@ def check_lengths(examples, processor, config):
     longest, listed = config.max_prompt_tokens, Path(config.out, "skipped.jsonl")
     lengths = [processor.length(e) for e in progress(examples, desc="measuring prompts", delay=2, leave=False)]
     kept = [example for example, n in zip(examples, lengths) if n <= longest]
-    bad = [{"reason": f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens, more than {longest:,}"}
+    bad = [{"reason": f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens: raise "
+                      "--max_prompt_tokens, or lower --max_pixels"}
            for example, n in zip(examples, lengths) if n > longest]
-    _leave_out(config.data, bad, kept, config.skip_bad, listed, "Shorten them, lower --max_pixels, raise "
-               "--max_prompt_tokens", read_lines(listed))
+    _leave_out(config.data, bad, kept, config.skip_bad, listed, read_lines(listed))
     return kept
 
 

@@ -679,7 +679,7 @@ def load(name, config):
                 raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {', '.join(keys[:3])}.")
         if len(processor.tokenizer) > len(model.get_input_embeddings().weight):
             raise ValueError("its tokenizer has more tokens than its model has embeddings.")
-    except data.MODEL_ERRORS as error:
+    except Exception as error:  # on odd or damaged files libraries raise nearly anything
         network = "" if Path(name).exists() else " Is there such an id, and a network or a cached copy?"
         file = "its *.safetensors are damaged: " * isinstance(error, data.SafetensorError)
         raise SystemExit(f"{name} can't be used: {file}{' '.join(str(error).split())[:400]}{network}") from error
