@@ -254,8 +254,7 @@ def _check_row(row, number, ids, find_picture):
     """One row as an Example; DataError, "field: what is wrong", at its first fault. Adds the row's id to `ids`."""
     if not isinstance(row, dict):
         raise DataError(f"row: must be an object with the paper's fields, is {show(row)}")
-    # type() is int: true is an int too for isinstance
-    id = str(row["problem_id"]) if type(row.get("problem_id")) is int else _text(row, "problem_id")
+    id = str(row["problem_id"]) if type(row.get("problem_id")) is int else _text(row, "problem_id")  # true: no int
     kind, data_type, problem, truth = [_text(row, f) for f in ("problem_type", "data_type", "problem", "solution")]
     if tagged := re.search("(?is)<answer>(.*)</answer>", truth):
         truth = tagged[1]
@@ -418,8 +417,8 @@ def check_lengths(examples, processor, config):
     longest, listed = config.max_prompt_tokens, Path(config.out, "skipped.jsonl")
     lengths = [processor.length(e) for e in progress(examples, desc="measuring prompts", delay=2, leave=False)]
     kept = [example for example, n in zip(examples, lengths) if n <= longest]
-    bad = [{"reason": f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens: raise "
-                      "--max_prompt_tokens, or lower --max_pixels"}
+    bad = [{"reason": f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens, more than "
+                      f"{longest:,}: raise --max_prompt_tokens, or lower --max_pixels"}
            for example, n in zip(examples, lengths) if n > longest]
     _leave_out(config.data, bad, kept, config.skip_bad, listed, read_lines(listed))
     return kept

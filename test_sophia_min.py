@@ -102,12 +102,9 @@ GOOD_ROWS = [  # what a row changes, what changes in its Example
         (" 18 ", "18"), ("\n<answer> 5 \n</answer> ", "5"), ("It is <answer>5</answer>", "5"),
         ("<answer>x < y</answer>", "x < y"), ("<Answer>5</ANSWER>", "5"), ("<answer>a\nb</answer>", "a\nb")]],
     *[(choice(f"<answer>{truth}</answer>", *options), choice(truth, *options)) for truth, *options in [
-        *[(truth, *ANIMALS) for truth in (
-            "B", "b", "(B)", "B.", "A,C", "A, C", "A and C", "AC", "A,B,C", "ABC", "B. cat", "cat", "Cat",
-            r"$\text{B}$")],
-        ("1/2", "A. 0.5", "B. 0.25"), ("E", "D. dog", "e) cat"), ("B", "dog", "cat"),
-        ("I", "A. I", "B. you"), ("z", "x", "z"), ("aa", "Aa", "aa"), ("dog", "a) dog", "b) cat"), ("NO", "YES", "NO"),
-        ("dog: brown", "dog: brown", "cat"), ("Z", *map(str, range(26)))]]]
+        *[(truth, *ANIMALS) for truth in ("B", "b", "(B)", "A,C", "A and C", "ABC", "B. cat", "Cat", r"$\text{B}$")],
+        ("1/2", "A. 0.5", "B. 0.25"), ("E", "D. dog", "e) cat"), ("B", "dog", "cat"), ("z", "x", "z"),
+        ("dog", "a) dog", "b) cat"), ("dog: brown", "dog: brown", "cat"), ("Z", *map(str, range(26)))]]]
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
 BAD_ROWS = [  # what a row changes, or what stands in its place; the field and some words of the reason
     *[({name: "DROP", "images": "x"}, name, "missing; the row has .*'images'") for name in FIELDS],
@@ -128,11 +125,11 @@ BAD_ROWS = [  # what a row changes, or what stands in its place; the field and s
         ("path", "can't be read as a picture", "images/empty.png"),
         ("path", "cannot identify", "images/e.eps")] for value in values],  # decoding it would start Ghostscript
     *[(choice(truth, *options), name, words) for name, words, truth, *options in [
-        *[("solution", "none of the options", truth, *ANIMALS) for truth in ("d", "(D)", "A,D", "D. owl", "zebra", "ZX")],
+        *[("solution", "none of the options", truth, *ANIMALS) for truth in ("d", "(D)", "A,D", "D. owl", "ZX")],
         ("solution", "none of", "E", "see E. coli", "dog"),
         ("solution", "none of", "big owl", "big a) owl", "dog"),  # a label only counts at the start
         ("options", "two or more", "A"), ("options", "two or more", "A", "A. dog"),
-        ("options", "different", "A", "A", "A"), ("options", "different", "A", "A", " A ", "B")]]]
+        ("options", "different", "A", "A", " A ", "B")]]]
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "ROWS.JSON", "ROWS.JSONL"])
@@ -218,14 +215,11 @@ json_values = st.recursive(
     lambda some: st.lists(some, max_size=4) | st.dictionaries(st.text(max_size=4), some, max_size=3), max_leaves=8)
 some_rows = st.lists(json_values | st.dictionaries(st.sampled_from(sorted(paper_row())), json_values)
                      .map(lambda fields: paper_row(**fields)), max_size=4)
-some_bytes = st.binary(max_size=60) | st.text(alphabet='[]{}",:\\u0189aent \n', max_size=40).map(str.encode)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(some_rows, some_bytes, st.sampled_from(["rows.json", "rows.jsonl"]), st.booleans())
-def test_random_rows_give_examples_or_a_data_error_and_random_bytes_the_latter(rows_in, rows, noise, name, skip_bad):
-    with pytest.raises(data.DataError):
-        rows_in(text=noise, name=name, skip_bad=skip_bad)
+@given(some_rows, st.sampled_from(["rows.json", "rows.jsonl"]), st.booleans())
+def test_random_rows_give_examples_or_a_data_error(rows_in, rows, name, skip_bad):
     try:
         examples = rows_in(*rows, name=name, skip_bad=skip_bad)
         assert all(e.solution.strip() and e.problem_type in data.PROBLEM_TYPES for e in examples)
@@ -254,11 +248,9 @@ def png(width, height, depth, colour, content, transparency=b"", end=True):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("width, height, limits, words", [
-    (401, 2, {}, "aspect"), (2, 401, {}, "aspect"), (400, 2, {}, None), (2, 400, {}, None),
-    (21, 2, {"max_aspect": 10}, "aspect"), (20, 2, {"max_aspect": 10}, None),
-    (10, 10, {"max_image_pixels": 99}, "more than 99 in all"), (10, 10, {"max_image_pixels": 100}, None),
-    (10_000, 10_000, {}, None), (10_000, 10_001, {}, "more than 100,000,000 in all"),
-    (20_000, 20_000, {}, "can't be read .*bomb")])
+    (401, 2, {}, "aspect"), (2, 401, {}, "aspect"), (400, 2, {}, None), (21, 2, {"max_aspect": 10}, "aspect"),
+    (2, 20, {"max_aspect": 10}, None), (10, 10, {"max_image_pixels": 99}, "more than 99"), (10_000, 10_000, {}, None),
+    (10_000, 10_001, {}, "more than 100,000,000 in all"), (20_000, 20_000, {}, "can't be read .*bomb")])
 def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width, height, limits, words):
     (rows_in.folder / "images/s.png").write_bytes(png(width, height, 8, 0, b"\0", end=words is None))
     monkeypatch.setattr(data, "open_picture", lambda path: pytest.fail("decoded"))
@@ -298,9 +290,6 @@ def test_damaged_pictures(rows_in, monkeypatch, kind):
             assert kind != "png" or damaged == whole
         except data.DataError as error:
             assert path.name in str(error)
-    path.unlink()
-    with pytest.raises(data.DataError, match=str(path)):
-        data.open_picture(path)
 
 
 def tiff(values, bits, tags):
@@ -377,7 +366,7 @@ def test_pictures_as_a_person_sees_them_or_refused(tmp_path, name, content, save
     assert abs(np.asarray(picture).astype(int) - expected).max() <= (8 if name == "x.jpg" else 0)
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="a clone stands alone: the tests above make rows and files of their own")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="a clone stands alone: the tests above make such rows and files")
 def test_shared_rows_and_pictures(rows_in, tmp_path):
     for case in json.loads((SHARED / "pictures.json").read_text("utf-8")):
         path = tmp_path / case["name"]
@@ -390,9 +379,9 @@ def test_shared_rows_and_pictures(rows_in, tmp_path):
     examples, odd = data.load_examples(SHARED / "sample/rows.json"), SHARED / "sample/odd"
     assert examples == data.load_examples(SHARED / "sample/rows.jsonl") and examples[4].solution == "B"
     assert [(e.id, e.image is None) for e in examples] == [(str(i), i == 4) for i in range(1, 13)]
-    paths = sorted(odd.iterdir())
-    sound = rows_in(*[paper_row(problem_id=p.name, path=p.name) for p in paths], image_root=odd, skip_bad=True)
-    assert {p.name for p in paths} - {e.id for e in sound} == {"truncated.jpg"}
+    rows = [paper_row(problem_id=path.name, path=path.name) for path in sorted(odd.iterdir())]
+    sound = rows_in(*rows, image_root=odd, skip_bad=True)
+    assert {row["path"] for row in rows} - {e.id for e in sound} == {"truncated.jpg"}
     assert all(np.std(data.open_picture(e.image)) > 0 for e in examples + sound if e.image)
     board = np.asarray(data.open_picture(odd / "chessboard_GRAY_U16.tif"))
     assert (board < 50).mean() > 0.3 and (board > 200).mean() > 0.3
@@ -2968,33 +2957,18 @@ def weights_of(pattern="^$", new=None, more={}):
     return rewrite
 
 
-def settings_of(name, **changes):
-    """Changes a .json of a folder; a field that becomes None is gone."""
-    def rewrite(folder):
-        content = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-    return rewrite
-
-
-def untied(folder):
-    """As if the head were a weight of its own, which isn't there."""
-    text = json.loads((folder / "config.json").read_text())["text_config"]
-    settings_of("config.json", tie_word_embeddings=False, text_config=text | {"tie_word_embeddings": False})(folder)
-
-
 def writes(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
 @pytest.mark.parametrize("harm, said", [
-    (untied, "1 weights are missing in its .*first lm_head.weight"), (weights_of("visual"), "30 weights are missing"),
+    (weights_of("visual"), "30 weights are missing in its .*first model.visual"),
     (weights_of("layers.1."), "12 weights are missing"), (weights_of("^", "base_model.model."), "weights are missing"),
     (weights_of("q_proj", "query"), "8 weights are missing"),
     (weights_of(more={"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
     (weights_of(more={"model.language_model.norm.weight": torch.ones(3)}), "1 weights are mismatched"),
-    (settings_of("config.json", model_type="qwen3_5"), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
+    (writes("config.json", '{"model_type": "qwen3_5"}'), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
     (writes("config.json", "{}"), "config.json"), (writes("config.json", '{"model'), "config.json"),
-    (settings_of("tokenizer_config.json", chat_template=None), None),
     (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), "its chat template .*: no system"),
     *[(writes("chat_template.jinja", "{% for m in messages %}<|im_start|>" + turn + "{% endfor %}"),
        "its chat template .*: it doesn't show a system message, a picture") for turn in (
@@ -3017,16 +2991,17 @@ def test_a_model_folder_is_right_or_named(folders, tmp_path, harm, said):
 
 def test_of_a_checkpoints_generation_settings_only_its_ends_count(road, road_examples, folders, tmp_path):
     policy, processor = road
-    spoilt, ids = copy.deepcopy(policy), []
+    spoilt = copy.deepcopy(policy)
     spoilt.generation_config.update(**dict(
         no_repeat_ngram_size=2, typical_p=0.3, epsilon_cutoff=0.01, max_time=1e-4, num_return_sequences=2, num_beams=3,
         stop_strings=["a"], guidance_scale=3.0, encoder_repetition_penalty=1.5, begin_suppress_tokens=[5, 6],
         exponential_decay_length_penalty=(1, 2.0), forced_eos_token_id=7, repetition_penalty=2.0, min_p=0.3))
-    for model in (policy, spoilt):
-        for greedy in (False, True):
+    for greedy in (False, True):
+        ids = []
+        for model in (policy, spoilt):
             torch.manual_seed(3)
             ids.append(sophia_min.rollout(model, processor, road_examples["mixed"], 2, road_config(), greedy).ids)
-    assert torch.equal(ids[0], ids[2]) and torch.equal(ids[1], ids[3]) and spoilt.generation_config.num_beams == 3
+        assert torch.equal(*ids) and spoilt.generation_config.num_beams == 3
     end, pad = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     for stored, ends in [({}, [end]), ({"eos_token_id": pad}, [end, pad]), ({"eos_token_id": [pad, end]}, [end, pad])]:
         folder = model_copy(folders, tmp_path)
@@ -3052,16 +3027,15 @@ def test_tags_count_whoever_writes_them(road, road_examples, tmp_path):
 
 def test_a_judge_of_others_that_answers_in_tags_scores_every_response(flags, road_examples, tmp_path):
     """As the released one is told to: asked in its layout, in every mode, and in a whole run."""
-    model, processor = data.toy_model(0)
-    (tmp_path / "prompt.txt").write_text(PICTURE_LAST)
-    judges = [sophia_min.ThinkingRewardModel(model, processor, None, template)
-              for template in (None, tmp_path / "prompt.txt")]
+    (model, processor), prompt = data.toy_model(0), tmp_path / "prompt.txt"
+    prompt.write_text(PICTURE_LAST)
+    judges = [sophia_min.ThinkingRewardModel(model, processor, None, template) for template in (None, prompt)]
     verdict, examples = processor.encode("<answer>0.7</answer>") + [processor.turn_end], road_examples["pictures"]
     texts = ["a", "first is red", ""]
     reward_model.sft(model.requires_grad_(True), examples * 5, lambda example: (
         [judge.prompt(example, text) for judge in judges for text in texts], [verdict] * 6), 40, 4, 3e-3, "sft")
     data.save_folder(tmp_path / "tagged", model, processor)
-    for mode, template in ((None, None), ("expected", None), (None, tmp_path / "prompt.txt")):
+    for mode, template in ((None, None), ("expected", None), (None, prompt)):
         judge = sophia_min.ThinkingRewardModel(*sophia_min.load(tmp_path / "tagged", road_config()), mode, template)
         scores = judge.score(examples, [texts] * len(examples))
         assert torch.equal(scores, torch.full_like(scores, 0.7)), (mode, template)
@@ -3105,8 +3079,8 @@ def family_model(kind):
                        deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     torch.manual_seed(0)
-    model = moved(AutoModelForImageTextToText.from_config(config(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(names, vision_ids)))).eval(), 1, 0.03)
+    config = config(text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(names, vision_ids)))
+    model = moved(AutoModelForImageTextToText.from_config(config).eval(), 1, 0.03)
     model.generation_config = GenerationConfig(eos_token_id=[end, *range(300, 400)], pad_token_id=pad)
     return model, data.Processor(tokenizer, data.Qwen2VLImageProcessorPil(patch_size=patch))
 
