@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -16,7 +17,6 @@ import string
 import struct
 import sys
 import tempfile
-import threading
 import unicodedata
 import zipfile
 import zlib
@@ -48,6 +48,11 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 progress = functools.partial(tqdm, disable=RANK > 0)
 
+# what libraries raise on odd or damaged files, found by changing bytes at random: there is no common kind
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, SyntaxError, EOFError,
+          ArithmeticError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError, TemplateError,
+          Image.DecompressionBombError)
+
 # the paper's Table 4, as sophia_min.CRITERIA asks for them
 FAULTS = ("logical soundness", "correct reasoning", "error identification", "language consistency", "redundancy")
 
@@ -60,17 +65,17 @@ class Parser(HfArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; --help lists all\n")
 
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            self.error(f"{unknown[0]}: there is no such option" + (f"; do you mean {near[0]}?" if near else ""))
+        return namespace, unknown
+
     def parse(self, argv, **defaults):
         """What the command line says, over other defaults than the dataclass's own: a dataclass, or a namespace."""
         self.set_defaults(**defaults)
-        settings, unknown = self.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
-        if unknown:
-            commands = [command for action in self._actions if type(action.choices) is dict
-                        for command in action.choices.values()]
-            known = [option for parser in (self, *commands) for option in parser._option_string_actions]
-            near = difflib.get_close_matches(unknown[0], known, 1)
-            self.error(f"{unknown[0]}: there is no such option" + (f"; do you mean {near[0]}?" if near else ""))
-        return settings
+        return self.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 
 
 def stored_settings(folder, known, parser):
@@ -80,11 +85,10 @@ def stored_settings(folder, known, parser):
             parser.error(f"--resume {folder}: no {name} there, so no run to continue; start one in another --out")
     try:
         settings = json.loads(Path(folder, "config.json").read_text())
-        other = set(settings) ^ set(known)
+        if other := set(settings) ^ set(known):
+            raise ValueError(f"it is another version's, by {', '.join(other)}")
     except (OSError, ValueError, TypeError) as error:
-        parser.error(f"--resume {folder}: config.json can't be read: {error}")
-    if other:
-        parser.error(f"--resume {folder}: config.json is another version's: {', '.join(other)}")
+        parser.error(f"--resume {folder}: config.json can't be used: {error}")
     return settings | {"resume": str(folder), "out": str(folder)}
 
 
@@ -93,14 +97,11 @@ class StopAfterStep:
     asked = False
 
     def __enter__(self):
-        self.before, self.main = signal.getsignal(signal.SIGINT), threading.current_thread() is threading.main_thread()
-        if self.main:
-            signal.signal(signal.SIGINT, self._ask)
+        self.before = signal.signal(signal.SIGINT, self._ask)
         return self
 
     def __exit__(self, *_):
-        if self.main:
-            signal.signal(signal.SIGINT, self.before)
+        signal.signal(signal.SIGINT, self.before)
 
     def _ask(self, *_):
         self.asked = True
@@ -113,11 +114,8 @@ class StopAfterStep:
 PROBLEM_TYPES = ("numerical", "multiple choice", "OCR", "free-form", "text")  # paper, section 3.1
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has more: an .eps starts Ghostscript
-REFUSED_FORMATS = ("AVIF", "JPEG2000")
 # How a whole file ends; for WEBP Pillow compares the length in the header when it opens the file.
 PICTURE_END = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\0;", "WEBP": b""}
-# What Pillow raises on damaged files, found by changing bytes at random: there is no common base class.
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, struct.error, Image.DecompressionBombError)
 TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # EXIF orientation -> upright
 
@@ -144,157 +142,118 @@ class Example:
 def _pillow(path):
     """An opened picture, its header read, if Pillow shows its pixels as a person sees them; else DataError."""
     try:  # a stream, since Pillow maps a named TIFF into memory with its sides swapped
-        with open(path, "rb") as file, Image.open(file, formats=PICTURE_FORMATS + REFUSED_FORMATS) as picture:
+        with open(path, "rb") as file, Image.open(file, formats=PICTURE_FORMATS) as picture:
             tags = getattr(picture, "tag_v2", {})  # a TIFF's; 258: bits of a sample, 262: is 0 white
-            if (picture.format in REFUSED_FORMATS
-                    or picture.mode in ("I", "F") and picture.format != "PPM"  # 32 bits: nothing says what white is
+            if (picture.mode == "F" or picture.mode == "I" and picture.format != "PPM"  # nothing says what white is
                     or picture.mode[0] == "I" and (tags.get(258, (16,)) != (16,) or tags.get(262) == 0)
-                    or "transparency" in picture.info and picture.tile[0].args in ("L;2", "L;4", "RGB;16B")):
-                raise ValueError(f"{picture.format}, {picture.mode}: save it as 8-bit PNG or JPEG")
+                    or "transparency" in picture.info and picture.tile[0].args in ("L;2", "L;4", "I;16B", "RGB;16B")):
+                raise ValueError(f"unusual {picture.format}, {picture.mode}")
             yield picture
-    except PICTURE_ERRORS as error:
-        raise DataError(f"path: {str(path)!r} can't be read as a picture: {error!r}") from error
+    except DAMAGE as error:
+        raise DataError(f"path: {str(path)!r} can't be read as a picture, save it as 8-bit PNG or JPEG: {error!r}"
+                        ) from error
 
 
 def open_picture(path):
-    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame.
-
-    16-bit grey keeps its range: 65535 is white (255 is, if no value is above it).
-    Raises DataError, naming the file, if it can't be decoded, or not for sure. Damage in the middle of a PNG is found;
-    that of other files often isn't: JPEG has no checksums, and Pillow drops libjpeg's warnings."""
+    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame; 65535 is
+    white in 16-bit grey (255, if no value is above it). DataError, naming the file, if it can't be decoded, or not for
+    sure. Damage in the middle of a PNG is found, that of a JPEG often isn't: it has no checksums."""
     with _pillow(path) as picture:
         if picture.format == "PNG":
             picture.verify()  # its checksums: 3% of the time that decoding takes
     with _pillow(path) as picture:
         picture.load()
-        try:
-            turn = TURN.get(picture.getexif().get(0x112))  # ImageOps.exif_transpose dies of other, odd tags
-        except SyntaxError:
-            turn = None  # unreadable EXIF: viewers show the picture as stored, and so do we
+        turn = None
+        with suppress(SyntaxError):  # unreadable EXIF: as stored, as in a viewer; exif_transpose dies of any odd tag
+            turn = TURN.get(picture.getexif().get(0x112))
         if picture.mode.startswith("I"):  # 16 bits, as "I;16" or (PGM) as "I": convert("RGB") would clip at 255
             values = np.asarray(picture).astype(np.float64)
-            grey = (values / (65535 if values.max() > 255 else 255) * 255).round().astype(np.uint8)
-            grey[values == picture.info.get("transparency")] = 255
-            rgb = Image.fromarray(grey).convert("RGB")
+            white = 65535 if values.max() > 255 else 255
+            picture = Image.fromarray((values / white * 255).round().astype(np.uint8))
         elif picture.has_transparency_data and not (picture.format == "BMP" and picture.getextrema()[3] == (0, 0)):
-            rgba = picture.convert("RGBA")
-            rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-        else:
-            rgb = picture.convert("RGB")
-        return rgb.transpose(turn) if turn is not None else rgb
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = picture.convert("RGB")
+        return picture if turn is None else picture.transpose(turn)
 
 
-def check_picture(root, name, max_aspect, max_image_pixels, min_side):
-    """The real path of picture `name` (a row's path) in the folder `root`; DataError if training couldn't use it.
-
-    Reads the header and the last bytes (0.1 ms): damage in the middle of a file shows in `open_picture`, if at all."""
-    file = os.path.realpath(os.path.join(root, name))  # realpath: a link could lead anywhere
-    if os.path.isabs(name) or ".." in name.split("/") or not file.startswith(os.path.join(root, "")):
-        raise DataError(f"path: {name!r} must stay inside {root!r}: no absolute path, no '..', no link out of it")
-    if not os.path.isfile(file):
-        twins = {unicodedata.normalize(form, file) for form in ("NFC", "NFD")} - {file}
-        twin = "; one there has this name in another Unicode form: rename it" if any(map(os.path.isfile, twins)) else ""
-        raise DataError(f"path: there is no file {name!r} in {root!r}{twin}")
+def check_picture(root, name, max_aspect=200, max_image_pixels=100_000_000):
+    """The real path of a row's picture in the folder `root`; DataError if training couldn't use it. Reads the header
+    and the last bytes (0.1 ms): damage in the middle of a file shows in `open_picture`, if at all."""
+    file = os.path.realpath(os.path.join(root, name))  # a link could lead anywhere
+    is_inside = not os.path.isabs(name) and ".." not in name.split("/") and file.startswith(os.path.join(root, ""))
+    if not is_inside or not os.path.isfile(file):
+        raise DataError(f"path: no file {name!r} inside {root!r} (no absolute path, no '..', no link out of it)")
     with _pillow(file) as picture:
-        (width, height), kind = picture.size, picture.format
+        width, height = picture.size
         picture.fp.seek(-8, os.SEEK_END)  # the smallest file that Pillow opens, a PPM, has 8 bytes
-        end = picture.fp.read()
-    if min(width, height) < min_side:
-        raise DataError(f"path: {name!r} has {width} x {height} pixels, less than {min_side} on a side")
-    if width * height > max_image_pixels:  # before anything decodes it: 18 KB can hold 144 megapixels
-        raise DataError(f"path: {name!r} has {width} x {height} pixels, more than {max_image_pixels:,} in all")
-    if max(width, height) > max_aspect * min(width, height):
-        raise DataError(f"path: {name!r} has {width} x {height} pixels, an aspect ratio above {max_aspect}")
-    # A truncated file has a fine header. One that ends as it should is whole; any other is decoded to be sure, as
-    # some cameras append data of their own.
-    if not end.endswith(PICTURE_END.get(kind, ())):
+        is_whole = picture.fp.read().endswith(PICTURE_END.get(picture.format, ()))
+    # before anything decodes it: 18 KB can hold 144 megapixels
+    if width * height > max_image_pixels or max(width, height) > max_aspect * min(width, height):
+        raise DataError(f"path: {name!r} has {width} x {height} pixels: more than {max_image_pixels:,} in all, or an "
+                        f"aspect ratio above {max_aspect}")
+    if not is_whole:  # truncated, or with a camera's own data behind its end: decode it to be sure
         open_picture(file)
     return file
 
 
-def load_examples(path, image_root=None, *, skip_bad=False, skipped_path=None, max_aspect=200,  # the image processor's
-                  max_image_pixels=100_000_000, min_side=1, bar=True):  # ours
-    """The rows of a file in the paper's format (section 3.1), .json or .jsonl, as a list of checked Examples.
-    image_root: the folder that the rows' paths start from (default: the file's). The pixels stay in their files.
-    skip_bad: leave bad rows out, say how many, and list them with the reason in skipped_path (default: skipped.jsonl
-    beside the file). Rows count from 1; in a .jsonl file a row's number is its line.
-    Raises DataError if the file can't be read, a row is bad (without skip_bad), or no row is left."""
-    path = Path(path)
+def load_examples(path, image_root=None, *, skip_bad=False, skipped_path=None, **limits):
+    """The rows of a file in the paper's format (section 3.1), .json or .jsonl, as a list of checked Examples. Their
+    paths start from image_root (default: the file's folder); limits: check_picture's. Rows count from 1, in a .jsonl
+    by lines. skip_bad: leave bad rows out, and list them with the reason in skipped_path (default: skipped.jsonl beside
+    the file). Raises DataError if the file can't be read, a row is bad (without skip_bad), or no row is left."""
+    path, examples, bad, ids = Path(path), [], [], {}
     root = os.path.realpath(path.parent if image_root is None else image_root)
-    if not os.path.isdir(root):
-        raise DataError(f"image_root: {root!r} is not a folder")
-    rows, examples, bad, ids = _read_rows(path), [], [], {}
-    # cached: many questions share a picture
-    find_picture = functools.cache(lambda name: check_picture(root, name, max_aspect, max_image_pixels, min_side))
-    for number, row in tqdm(rows, desc="checking rows", delay=1, leave=False, disable=not bar or RANK > 0):
+    find_picture = functools.cache(functools.partial(check_picture, root, **limits))  # many questions share a picture
+    for number, row in progress(_read_rows(path), desc="checking rows", delay=1, leave=False):
         try:
-            row = _parse(row) if path.suffix.lower() == ".jsonl" else row
+            row = json.loads(row) if path.suffix.lower() == ".jsonl" else row
             examples.append(_check_row(row, number, ids, find_picture))
-        except DataError as error:
+        except (ValueError, RecursionError) as error:  # a DataError, or broken JSON
             name = show(row["problem_id"]) if isinstance(row, dict) and "problem_id" in row else "no id"
             bad.append({"reason": f"{path}: row {number} ({name}): {error}", "row": row})
+    _leave_out(path, bad, examples, skip_bad, skipped_path or path.with_name("skipped.jsonl"))
+    return examples
 
-    report = [f"{path}: {len(bad)} of {len(rows)} rows are bad", *(entry["reason"] for entry in bad[:20])]
-    if len(bad) > 20:
-        report.append(f"... and {len(bad) - 20} more")
-    if bad and not skip_bad:
-        raise DataError("\n".join([*report, "Correct them, or leave them out with --skip_bad."]))
+
+def _leave_out(path, bad, kept, skip_bad, listed, before=()):
+    """Bad rows, each {"reason", ..}, are told in a DataError or, with skip_bad, listed in the file `listed`."""
+    count = f"{len(bad)} of {len(bad) + len(kept)} rows"
+    if bad and not (skip_bad and kept):
+        more = [f"... and {len(bad) - 20} more"] * (len(bad) > 20)
+        advice = "Correct them, or leave them out with --skip_bad." if kept else "No row is left: correct them."
+        raise DataError("\n".join([f"{path}: {count} are bad", *(row["reason"] for row in bad[:20]), *more, advice]))
     if bad:
-        skipped = Path(skipped_path or path.with_name("skipped.jsonl"))
         try:
-            write_atomic(skipped, "".join(json.dumps(entry) + "\n" for entry in bad))
+            write_atomic(listed, "".join(json.dumps(row) + "\n" for row in [*before, *bad]))
         except (OSError, RecursionError) as error:  # a row nested as deep as can just be read can't be written
             raise DataError(f"the list of bad rows can't be written, give it another place: {error}") from error
-        print(f"{path}: left out {len(bad)} of {len(rows)} rows, listed in {skipped}")
-    if not examples:
-        raise DataError("\n".join([*report, "No row is left: correct them, or give another file."]))
-    return examples
+        print(f"{path}: left out {count}, listed in {listed}")
 
 
 def _read_rows(path):
     """Numbered rows: parsed for .json, still text for .jsonl, where a broken line is one bad row."""
     kind = path.suffix.lower()
-    if path.is_dir() or kind not in (".json", ".jsonl"):
+    if kind not in (".json", ".jsonl"):
         raise DataError(f"{path}: must be one .json or .jsonl file; save parquet's pictures as files, and its rows "
                         "with pandas: read_parquet(...).to_json('rows.jsonl', orient='records', lines=True)")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: can't be read as UTF-8 text: {error}") from error
-    if kind == ".jsonl":  # not splitlines(), which also cuts at U+2028 inside a string
-        rows = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    else:
-        try:
-            content = _parse(text) if text.strip() else []
-        except DataError as error:
-            raise DataError(f"{path}: {error}; if it has one row a line, call it .jsonl") from error
-        if not isinstance(content, list):
-            raise DataError(f"{path}: must hold a list of rows, not {show(content)}")
-        rows = list(enumerate(content, 1))
+        rows = text.split("\n") if kind == ".jsonl" else json.loads(text.strip() or "[]")  # splitlines cuts at U+2028
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is no JSON in UTF-8 (with a row a line, call it .jsonl): {error}") from error
+    rows = [(number, row) for number, row in enumerate(rows, 1)
+            if kind == ".json" or row.strip()] if isinstance(rows, list) else []
     if not rows:
-        raise DataError(f"{path}: is empty, it has no rows")
+        raise DataError(f"{path}: is empty, or no list of rows")
     return rows
-
-
-def _parse(text):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # not only JSONDecodeError: a number of 5,000 digits, [[[[...
-        raise DataError(f"broken JSON: {error}") from error
-
-
-OTHER_NAMES = {"path": ("image", "images", "image_path", "img"), "solution": ("answer", "answers", "ground_truth"),
-               "problem": ("question", "prompt"), "problem_id": ("id", "question_id")}  # elsewhere
 
 
 def _text(row, name):
     if name not in row:
-        near = [other for other in OTHER_NAMES.get(name, ()) if other in row]
-        raise DataError(f"{name}: is missing" + (f"; {near[0]!r} looks like it: rename that" if near else ""))
-    if not isinstance(row[name], str) or not row[name].strip():
-        raise DataError(f"{name}: must be text, is {show(row[name])}")
-    if re.search("[\0\ud800-\udfff]", row[name]):  # half a character: tokenizers and file systems raise
-        raise DataError(f"{name}: holds a lone surrogate or a zero byte: {show(row[name])}")
+        raise DataError(f"{name}: is missing; the row has {list(row)!r:.200}")
+    if not isinstance(row[name], str) or not row[name].strip() or re.search("[\0\ud800-\udfff]", row[name]):
+        raise DataError(f"{name}: must be text, without a zero byte or a lone surrogate, is {show(row[name])}")
     return row[name]
 
 
@@ -302,42 +261,31 @@ def _check_row(row, number, ids, find_picture):
     """One row as an Example; DataError, "field: what is wrong", at its first fault. Adds the row's id to `ids`."""
     if not isinstance(row, dict):
         raise DataError(f"row: must be an object with the paper's fields, is {show(row)}")
-    # type() is int: true is an int too for isinstance
-    id = str(row["problem_id"]) if type(row.get("problem_id")) is int else _text(row, "problem_id")
-    if ids.setdefault(id, number) != number:
-        raise DataError(f"problem_id: row {ids[id]} has it already")
-    for name, known in (("problem_type", PROBLEM_TYPES), ("data_type", ("image", "text"))):
-        if _text(row, name) not in known:
-            raise DataError(f"{name}: {show(row[name])} is not one of {', '.join(known)}")
-
-    problem, solution = _text(row, "problem"), _text(row, "solution")
-    if problem.count("<image>") > (row["data_type"] == "image"):
-        raise DataError(f"problem: has more <image> tags than pictures: {show(problem)}")
-    problem = problem.replace("<image>", "").strip() if "<image>" in problem else problem  # the picture comes first
-    if tagged := re.search("(?is)<answer>(.*)</answer>", solution):
-        solution = tagged[1]
-    if not visible(solution) or re.search("(?i)</?(answer|think)>", solution):
-        raise DataError(f"solution: must hold one answer, is {show(row['solution'])}")
+    id = str(row["problem_id"]) if type(row.get("problem_id")) is int else _text(row, "problem_id")  # true: no int
+    kind, data_type, problem, truth = [_text(row, f) for f in ("problem_type", "data_type", "problem", "solution")]
+    if tagged := re.search("(?is)<answer>(.*)</answer>", truth):
+        truth = tagged[1]
+    truth, chooses, has_picture = truth.strip(), kind == "multiple choice", data_type == "image"
     options = [] if row.get("options") is None else row["options"]  # exports write null for an empty list
     if not isinstance(options, list):
         raise DataError(f"options: must be a list, is {show(options)}")
     options = [_text({"options": option}, "options").strip() for option in options]
-    _check_truth(row["problem_type"], solution.strip(), options)
-    if row["data_type"] == "text" and row.get("path"):
-        raise DataError(f"path: is {show(row['path'])}, but data_type is text")
-    image = find_picture(_text(row, "path")) if row["data_type"] == "image" else None
+    for wrong, reason in [
+            (ids.setdefault(id, number) != number, f"problem_id: row {ids[id]} has it already"),
+            (kind not in PROBLEM_TYPES, f"problem_type: must be one of {', '.join(PROBLEM_TYPES)}"),
+            (data_type not in ("image", "text"), "data_type: must be one of image, text"),
+            (problem.count("<image>") > has_picture, "problem: has more <image> tags than pictures"),
+            (not visible(truth) or re.search("(?i)</?(answer|think)>", truth), "solution: must hold one answer"),
+            # where the truth, as an answer, wouldn't earn 1, no answer could (words always equal themselves)
+            (kind == "numerical" and len(truth) > LONGEST, f"solution: no number has more than {LONGEST} characters"),
+            (chooses and len(set(options)) < max(2, len(options)), "options: must be two or more, all different"),
+            (chooses and not chosen_options(truth, options), "solution: is none of the options, or not only one"),
+            (row.get("path") and not has_picture, "path: must be empty, since data_type is text")]:
+        if wrong:
+            raise DataError(f"{reason}, is {show(row.get(reason.partition(':')[0]))}")
+    image = find_picture(_text(row, "path")) if has_picture else None
     source = _text(row, "data_source") if row.get("data_source") else ""
-    return Example(id, problem, row["problem_type"], tuple(options), solution.strip(), image, source)
-
-
-def _check_truth(problem_type, truth, options):
-    """DataError if no answer could win: the truth, answered, must earn 1. (Words always equal themselves.)"""
-    if problem_type == "numerical" and len(truth) > LONGEST:
-        raise DataError(f"solution: has {len(truth)} characters, no number or short text has more than {LONGEST}")
-    if problem_type == "multiple choice" and len(set(options)) < max(2, len(options)):
-        raise DataError(f"options: must be two or more, all different, are {show(options)}")
-    if problem_type == "multiple choice" and not chosen_options(truth, options):
-        raise DataError(f"solution: {show(truth)} is none of the options {show(options)}, or not only one")
+    return Example(id, problem.replace("<image>", "").strip(), kind, tuple(options), truth, image, source)
 
 
 # ---------------------------------------------------------------- prompts
@@ -351,10 +299,8 @@ ANSWER_FORM = {
     "free-form": "Answer in a few words.",
     "text": "Answer in a few words.",
 }
-PICTURE = object()  # a message's part that is the picture
+PICTURE = object()  # the part of a message that is the picture
 STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"  # for text, while a chat template is rendered
-MODEL_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError,
-                TemplateError)  # what loading raises for files that are odd or damaged
 
 
 def question_text(example):
@@ -396,20 +342,20 @@ class Processor:
         self.special = re.compile(f"({'|'.join(map(re.escape, special))})")
         self.picture = functools.lru_cache(maxsize=64)(self.picture)  # the judge sees the pictures of the policy
         self._rendered = functools.lru_cache(maxsize=64)(self._rendered)
-        probe = (("system", (STAND_IN,)), ("user", (PICTURE, STAND_IN)), ("assistant", (STAND_IN,)))
         try:
-            pieces = self._rendered(probe)
-        except (ValueError, TypeError, TemplateError) as error:
+            pieces = self._rendered((("system", "t"), ("user", "pt"), ("assistant", "t")))
+            parts = "".join(pieces).split(STAND_IN)
+            end = self.special.match(parts[-1])
+            if len(parts) != 4 or "<|image_pad|>" not in pieces or not end:
+                raise ValueError("it doesn't show a system message, a picture and the end of a turn")
+        except DAMAGE as error:
             raise ValueError(f"its chat template (chat_template.jinja or tokenizer_config.json): {error}") from error
-        turns = [i for i, piece in enumerate(pieces) if STAND_IN in piece]
-        if "<|image_pad|>" not in pieces or len(turns) != 3 or not self.special.fullmatch(pieces[turns[2] + 1]):
-            raise ValueError("its chat template doesn't show a system message, a picture and the end of a turn.")
-        self.turn_end = tokenizer.convert_tokens_to_ids(pieces[turns[2] + 1])
-        self.opening = "<think>" * "".join(pieces).rstrip().endswith("<think>")  # a tag that the template has written
+        self.turn_end = tokenizer.convert_tokens_to_ids(end[0])
+        self.opening = "<think>" * parts[-1].rstrip().endswith("<think>")  # a tag that the template has written
 
     @classmethod
     def from_pretrained(cls, name, max_pixels=None):
-        """The processor of a Hugging Face id or folder. Raises one of MODEL_ERRORS where there is none that will do."""
+        """The processor of a Hugging Face id or folder. Raises nearly anything where there is none that will do."""
         tokenizer = AutoTokenizer.from_pretrained(name)
         if template := cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False):
             tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]  # it wins, as elsewhere
@@ -434,28 +380,28 @@ class Processor:
         return self.tokenizer.decode([id for id in ids.tolist() if id not in ends])
 
     def chat(self, messages, image=None):
-        """The Prompt of a conversation in which the assistant speaks next; messages: (role, part, ..), parts being text
-        or PICTURE, which is left out where `image` is None. The template sees stand-ins: no text can end a turn.
-        Text between special tokens is encoded in one piece, as the official processor does."""
-        shown = tuple((role, tuple(part if part is PICTURE else STAND_IN for part in parts
-                                   if part is not PICTURE or image is not None)) for role, *parts in messages)
+        """The Prompt of messages (role, part, ..) that the assistant goes on from; a part is text or PICTURE, left out
+        without `image`. The template sees stand-ins: no text can end a turn. Text between special tokens is encoded in
+        one piece, as the official processor does."""
+        shown = tuple((role, "".join("p" * (image is not None) if part is PICTURE else "t" for part in parts))
+                      for role, *parts in messages)
         texts, ids = iter([part for _, *parts in messages for part in parts if part is not PICTURE]), []
+        pixel_values, grid = (None, None) if image is None else self.picture(image)
         for piece in self._rendered(shown):
-            if self.special.fullmatch(piece):
+            if piece == "<|image_pad|>":
+                ids += [self.image_token] * (int(grid.prod()) // self.image_processor.merge_size ** 2)
+            elif self.special.fullmatch(piece):
                 ids.append(self.tokenizer.convert_tokens_to_ids(piece))
             else:
                 ids += self.encode(re.sub(STAND_IN, lambda _: next(texts), piece))
-        if image is None:
-            return Prompt(ids)
-        pixel_values, grid = self.picture(image)
-        at, tokens = ids.index(self.image_token), int(grid.prod()) // self.image_processor.merge_size ** 2
-        return Prompt(ids[:at] + [self.image_token] * tokens + ids[at + 1:], pixel_values, grid)
+        return Prompt(ids, pixel_values, grid)
 
     def _rendered(self, shown):
-        content = [{"role": role, "content": STAND_IN if parts == (STAND_IN,) else [
-            {"type": "image"} if part is PICTURE else {"type": "text", "text": part} for part in parts]}
-            for role, parts in shown]
-        text = self.tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
+        """The template's pieces, text and special tokens, for messages (role, "t" and "p" for text and picture)."""
+        part = {"t": {"type": "text", "text": STAND_IN}, "p": {"type": "image"}}
+        chat = [{"role": role, "content": STAND_IN if parts == "t" else [part[kind] for kind in parts]}
+                for role, parts in shown]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         return [piece for piece in self.special.split(text) if piece]
 
     def question(self, example):
@@ -475,20 +421,13 @@ class Processor:
 def check_lengths(examples, processor, config):
     """The Examples whose prompts fit into config.max_prompt_tokens. Others raise DataError, or with config.skip_bad are
     left out and listed; nothing is ever cut, since a cut picture would be another one."""
-    longest, skipped = config.max_prompt_tokens, Path(config.out, "skipped.jsonl")
-    bar = progress(examples, desc="measuring prompts", delay=2, leave=False)
-    lengths = [processor.length(example) for example in bar]
-    bad = [f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens, more than {longest:,}"
-           for example, n in zip(examples, lengths) if n > longest]
+    longest, listed = config.max_prompt_tokens, Path(config.out, "skipped.jsonl")
+    lengths = [processor.length(e) for e in progress(examples, desc="measuring prompts", delay=2, leave=False)]
     kept = [example for example, n in zip(examples, lengths) if n <= longest]
-    if bad and not (config.skip_bad and kept):
-        more = [f"... and {len(bad) - 20} more"] * (len(bad) > 20)
-        raise DataError("\n".join([*bad[:20], *more, "Shorten them, lower --max_pixels, raise --max_prompt_tokens, or "
-                                   "leave them out with --skip_bad."]))
-    for reason in bad:
-        append_rows(skipped, [{"reason": reason}])
-    if bad:
-        print(f"left out {len(bad)} rows whose prompts are too long, listed in {skipped}")
+    bad = [{"reason": f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens, more than "
+                      f"{longest:,}: raise --max_prompt_tokens, or lower --max_pixels"}
+           for example, n in zip(examples, lengths) if n > longest]
+    _leave_out(config.data, bad, kept, config.skip_bad, listed, read_lines(listed))
     return kept
 
 
@@ -562,7 +501,7 @@ def load(name, config):
                 raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {', '.join(keys[:3])}.")
         if len(processor.tokenizer) > len(model.get_input_embeddings().weight):
             raise ValueError("its tokenizer has more tokens than its model has embeddings.")
-    except MODEL_ERRORS as error:
+    except DAMAGE as error:
         network = "" if Path(name).exists() else " Is there such an id, and a network or a cached copy?"
         file = "its *.safetensors are damaged: " * isinstance(error, SafetensorError)
         raise SystemExit(f"{name} can't be used: {file}{' '.join(str(error).split())[:400]}{network}") from error
@@ -585,7 +524,7 @@ def read_adapter(folder):
         if other or {len(a) for a, _ in pairs.values()} != {rank}:
             raise ValueError(f"not one rank {rank}, or more than A and B: {', '.join(other[:3])}")
         return settings["base_model_name_or_path"], settings["lora_alpha"] / rank, pairs
-    except MODEL_ERRORS as error:
+    except DAMAGE as error:
         raise SystemExit(f"{folder} can't be used as an adapter: {error!r}") from error
 
 
@@ -1365,7 +1304,7 @@ def read_checkpoint(path):
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damage has many names
+    except DAMAGE as error:
         raise SystemExit(f"{path} is damaged and wasn't loaded: {' '.join(str(error).split())[:200]}. Restore it "
                          "from a copy, or start the run again.") from error
 

@@ -56,7 +56,7 @@ torch.set_num_threads(1)  # on a busy machine two are slower than one
 
 # ---------------------------------------------------------------- section 3.1: rows and pictures
 
-SAMPLE = Path(__file__).parent / "../shared/sample"
+SHARED = Path(__file__).resolve().parent / "../shared"
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8))
 
 
@@ -81,14 +81,13 @@ def rows_in(tmp_path):
                          ("images/loop.png", "loop.png")]:
         (folder / name).symlink_to(target)
     (folder / "images/empty.png").touch()
-    (folder / "images/text.png").write_text("hello")
     os.mkfifo(folder / "images/fifo")
 
     def load(*content, name="rows.json", text=None, **options):
         if text is None:
             text = "\n".join(map(json.dumps, content)) if name.lower().endswith("l") else json.dumps(content)
         (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        return data.load_examples(folder / name, bar=False, **options)
+        return data.load_examples(folder / name, **options)
     load.folder = folder
     return load
 
@@ -97,7 +96,7 @@ ANIMALS = ("A. dog", "B. cat", "C. fox")
 GOOD_ROWS = [  # what a row changes, what changes in its Example
     ({"problem_id": 0}, {"id": "0"}), ({"problem_id": "t-2"}, {"id": "t-2"}), ({"process": "DROP"}, {}),
     ({"extra": {"nested": [1]}}, {}), ({"options": "DROP"}, {}), ({"options": None}, {}),
-    ({"options": [" a", "b"]}, {"options": ("a", "b")}), ({"problem": " a\u2028b "}, {"problem": " a\u2028b "}),
+    ({"options": [" a", "b"]}, {"options": ("a", "b")}), ({"problem": "a\u2028b\n<image>"}, {"problem": "a\u2028b"}),
     *[({"data_source": source}, {"source": ""}) for source in (None, "", "DROP")],
     *[({"data_type": "text", "path": path}, {"image": None}) for path in (None, "", "DROP")],
     *[({"path": path}, {}) for path in ("images/a.png", "images/link.png")],
@@ -106,15 +105,12 @@ GOOD_ROWS = [  # what a row changes, what changes in its Example
         (" 18 ", "18"), ("\n<answer> 5 \n</answer> ", "5"), ("It is <answer>5</answer>", "5"),
         ("<answer>x < y</answer>", "x < y"), ("<Answer>5</ANSWER>", "5"), ("<answer>a\nb</answer>", "a\nb")]],
     *[(choice(f"<answer>{truth}</answer>", *options), choice(truth, *options)) for truth, *options in [
-        *[(truth, *ANIMALS) for truth in (
-            "B", "b", "(B)", "B.", "A,C", "A, C", "A and C", "AC", "A,B,C", "ABC", "B. cat", "cat", "Cat",
-            r"$\text{B}$")],
-        ("1/2", "A. 0.5", "B. 0.25"), ("E", "D. dog", "e) cat"), ("B", "dog", "cat"),
-        ("I", "A. I", "B. you"), ("z", "x", "z"), ("aa", "Aa", "aa"), ("dog", "a) dog", "b) cat"), ("NO", "YES", "NO"),
-        ("dog: brown", "dog: brown", "cat"), ("Z", *map(str, range(26)))]]]
+        *[(truth, *ANIMALS) for truth in ("B", "b", "(B)", "A,C", "A and C", "ABC", "B. cat", "Cat", r"$\text{B}$")],
+        ("1/2", "A. 0.5", "B. 0.25"), ("E", "D. dog", "e) cat"), ("B", "dog", "cat"), ("z", "x", "z"),
+        ("dog", "a) dog", "b) cat"), ("dog: brown", "dog: brown", "cat"), ("Z", *map(str, range(26)))]]]
 FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path")
 BAD_ROWS = [  # what a row changes, or what stands in its place; the field and some words of the reason
-    *[({name: "DROP"}, name, "missing") for name in FIELDS],
+    *[({name: "DROP", "images": "x"}, name, "missing; the row has .*'images'") for name in FIELDS],
     *[({name: value}, name, "") for name in FIELDS
       for value in (None, "", " \n", True, 1.5, float("nan"), [1], {"a": 1}, "x\ud800", "x\0")],
     *[({name: 3}, name, "text") for name in FIELDS[1:]], ({"problem_id": "1"}, "problem_id", "row 1 has it already"),
@@ -123,20 +119,20 @@ BAD_ROWS = [  # what a row changes, or what stands in its place; the field and s
     *[({name: value}, name, words) for name, words, *values in [
         ("problem_type", "numerical, multiple choice, OCR, free-form, text", "Numerical", "ocr"),
         ("data_type", "image, text", "video"), ("data_source", "text", 3), ("options", "list", "A. dog", {}, False),
-        ("options", "text", ["a", 2], ["a", ""], [["a"]]),
+        ("options", "text", ["a", 2], ["a", ""], [["a"]]), ("problem", "more <image> tags", "<image> and <image>?"),
         ("solution", "one answer", "<answer> </answer>", "<answer>5", "<answer>1</answer><answer>2</answer>"),
-        ("path", "no file", "images/none.png", "images", "images/fifo", "x" * 5000), ("path", "stay inside", "."),
-        ("path", "'..'", "images/../images/a.png", "../data2/b.png"), ("path", "absolute", "/etc/hostname"),
-        ("path", "link", "images/out.png", "out/data2/b.png"), ("path", "", "images/loop.png"),
-        ("path", "can't be read as a picture", "images/text.png", "images/empty.png"),
+        ("solution", "no number has more", "7" * 401),
+        ("path", "no file", "images/none.png", "images", "images/fifo", "x" * 5000, "."),
+        ("path", "no '..'", "images/../images/a.png", "../data2/b.png"), ("path", "no absolute", "/etc/hostname"),
+        ("path", "no link", "images/out.png", "out/data2/b.png"), ("path", "", "images/loop.png"),
+        ("path", "can't be read as a picture", "images/empty.png"),
         ("path", "cannot identify", "images/e.eps")] for value in values],  # decoding it would start Ghostscript
     *[(choice(truth, *options), name, words) for name, words, truth, *options in [
-        *[("solution", "none of", truth, *ANIMALS) for truth in ("d", "(D)", "A,D", "D. owl")],
-        *[("solution", "none of the options", truth, *ANIMALS) for truth in ("zebra", "ZX")],
-        ("solution", "none of the options", "D", *ANIMALS), ("solution", "none of", "E", "see E. coli", "dog"),
-        ("solution", "none of the options", "big owl", "big a) owl", "dog"),  # a label only counts at the start
+        *[("solution", "none of the options", truth, *ANIMALS) for truth in ("d", "(D)", "A,D", "D. owl", "ZX")],
+        ("solution", "none of", "E", "see E. coli", "dog"),
+        ("solution", "none of", "big owl", "big a) owl", "dog"),  # a label only counts at the start
         ("options", "two or more", "A"), ("options", "two or more", "A", "A. dog"),
-        ("options", "different", "A", "A", "A"), ("options", "different", "A", "A", " A ", "B")]]]
+        ("options", "different", "A", "A", " A ", "B")]]]
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "ROWS.JSON", "ROWS.JSONL"])
@@ -162,7 +158,7 @@ def test_bad_rows_are_told_with_field_and_reason_or_left_out(rows_in, capsys, na
         place, reason = entry["reason"].split(f"): {field}: ", 1)
         has_id = isinstance(entry["row"], dict) and "problem_id" in entry["row"]
         id = repr(entry["row"]["problem_id"]) if has_id else "no id"
-        assert place == f"{file}: row {number} ({id}" and words in reason, entry
+        assert place == f"{file}: row {number} ({id}" and re.search(words, reason), entry
         assert (place + reason).isprintable(), entry  # one line, whatever the row holds
     for bad, more in [(20, []), (21, ["... and 1 more"])]:
         with pytest.raises(data.DataError, match="leave them out with --skip_bad") as caught:
@@ -175,13 +171,13 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
     text, other = f'{json.dumps(paper_row())}\n\n{{"torn": \n', rows_in.folder / "other"  # blank lines count
     assert len(rows_in(name="rows.jsonl", text=text, skip_bad=True, skipped_path=other)) == 1
     entry = json.loads(other.read_text())
-    assert entry["row"] == '{"torn": ' and "row 3 (no id): broken JSON: " in entry["reason"]
+    assert entry["row"] == '{"torn": ' and "row 3 (no id): Expecting value: line 1 column 10" in entry["reason"]
     rows_in(paper_row(), skip_bad=True)
     assert not (rows_in.folder / "skipped.jsonl").exists()
-    with pytest.raises(data.DataError, match="(?s)2 of 2 rows are bad.*row 1 .*row 2 .*No row is left"):
-        rows_in({}, [], skip_bad=True)
-    with pytest.raises(data.DataError, match="can't be written"):
-        rows_in(paper_row(), {}, skip_bad=True, skipped_path=rows_in.folder / "rows.json/file")
+    for rows, place, words in [(({}, []), None, "(?s)2 of 2 rows are bad.*row 1 .*row 2 .*No row is left"),
+                               ((paper_row(), {}), rows_in.folder / "rows.json/file", "can't be written")]:
+        with pytest.raises(data.DataError, match=words):
+            rows_in(*rows, skip_bad=True, skipped_path=place)
     for depth in range(850, 1000):  # somewhere here is the edge of what JSON can nest
         with pytest.raises(data.DataError):
             rows_in(name="rows.jsonl", text="[" * depth + "]" * depth, skip_bad=True)
@@ -191,10 +187,10 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
     *[("rows.json", text, "empty") for text in (b"", b"\xef\xbb\xbf \n", b"[]")], ("rows.jsonl", b"\n \n", "empty"),
     ("rows.json", b"{}", "list of rows"), ("rows.json", b"3", "list of rows"), ("rows.json", b"\xff\xfe[\0]", "UTF-8"),
     ("rows.json", b'[{"a": 1},\n {"b" 2}]', "line 2 column 7"), ("rows.json", b'{"a": 1}\n{"a": 2}\n', "jsonl"),
-    ("rows.json", b"[" * 5000, "broken JSON"), ("rows.json", b"[" + b"1" * 5000 + b"]", "broken JSON"),
-    ("rows.jsonl", b'{"a"\n', r"row 1 \(no id\): broken JSON: .*column"), ("rows.jsonl", b"[" * 5000, "broken JSON"),
+    ("rows.json", b"[" * 5000, "no JSON"), ("rows.json", b"[" + b"1" * 5000 + b"]", "no JSON"),
+    ("rows.jsonl", b'{"a"\n', r"row 1 \(no id\): .*column"), ("rows.jsonl", b"[" * 5000, "row 1 .*recursion"),
     ("rows.parquet", b"PAR1", "read_parquet.*to_json"), ("rows.csv", b"a,b", "json"), ("rows", b"[]", "json"),
-    ("none.json", None, "No such file"), ("", None, "must be one .json or .jsonl"), ("dir.json", None, "must be one")])
+    ("none.json", None, "No such file"), ("", None, "must be one .json or .jsonl"), ("dir.json", None, "directory")])
 def test_files_that_are_no_rows(rows_in, name, text, words):
     (rows_in.folder / "dir.json").mkdir()
     with pytest.raises(data.DataError, match=words) as caught:
@@ -209,8 +205,8 @@ def test_byte_order_mark_line_ends_and_image_root(rows_in, tmp_path):
     path.write_text(f"[{row}]")
     (tmp_path / "root").symlink_to(rows_in.folder)  # the root itself may be a link
     assert data.load_examples(path, tmp_path / "root") == examples and examples[0].problem == "one\u2028two"
-    for root, words in [(None, "no file"), (tmp_path / "none", "image_root: .* is not a folder")]:
-        with pytest.raises(data.DataError, match=words):
+    for root in (None, tmp_path / "none"):
+        with pytest.raises(data.DataError, match="no file './images/a.png' inside"):
             data.load_examples(path, root)
     with pytest.raises(data.DataError, match="no absolute path"):
         rows_in(paper_row(path=examples[0].image))  # though it leads inside
@@ -222,14 +218,11 @@ json_values = st.recursive(
     lambda some: st.lists(some, max_size=4) | st.dictionaries(st.text(max_size=4), some, max_size=3), max_leaves=8)
 some_rows = st.lists(json_values | st.dictionaries(st.sampled_from(sorted(paper_row())), json_values)
                      .map(lambda fields: paper_row(**fields)), max_size=4)
-some_bytes = st.binary(max_size=60) | st.text(alphabet='[]{}",:\\u0189aent \n', max_size=40).map(str.encode)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-@given(some_rows, some_bytes, st.sampled_from(["rows.json", "rows.jsonl"]), st.booleans())
-def test_random_rows_give_examples_or_a_data_error_and_random_bytes_the_latter(rows_in, rows, noise, name, skip_bad):
-    with pytest.raises(data.DataError):
-        rows_in(text=noise, name=name, skip_bad=skip_bad)
+@given(some_rows, st.sampled_from(["rows.json", "rows.jsonl"]), st.booleans())
+def test_random_rows_give_examples_or_a_data_error(rows_in, rows, name, skip_bad):
     try:
         examples = rows_in(*rows, name=name, skip_bad=skip_bad)
         assert all(e.solution.strip() and e.problem_type in data.PROBLEM_TYPES for e in examples)
@@ -258,16 +251,13 @@ def png(width, height, depth, colour, content, transparency=b"", end=True):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("width, height, limits, words", [
-    (401, 2, {}, "aspect"), (2, 401, {}, "aspect"), (400, 2, {}, None), (2, 400, {}, None),
-    (21, 2, {"max_aspect": 10}, "aspect"), (20, 2, {"max_aspect": 10}, None),
-    (10, 10, {"max_image_pixels": 99}, "more than 99 in all"), (10, 10, {"max_image_pixels": 100}, None),
-    (8, 7, {"min_side": 8}, "less than 8"), (7, 8, {"min_side": 8}, "less than 8"), (8, 8, {"min_side": 8}, None),
-    (10_000, 10_000, {}, None), (10_000, 10_001, {}, "more than 100,000,000 in all"),
-    (20_000, 20_000, {}, "can't be read .*bomb")])
+    (401, 2, {}, "aspect"), (2, 401, {}, "aspect"), (400, 2, {}, None), (21, 2, {"max_aspect": 10}, "aspect"),
+    (2, 20, {"max_aspect": 10}, None), (10, 10, {"max_image_pixels": 99}, "more than 99"), (10_000, 10_000, {}, None),
+    (10_000, 10_001, {}, "more than 100,000,000 in all"), (20_000, 20_000, {}, "can't be read .*bomb")])
 def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width, height, limits, words):
     (rows_in.folder / "images/s.png").write_bytes(png(width, height, 8, 0, b"\0", end=words is None))
     monkeypatch.setattr(data, "open_picture", lambda path: pytest.fail("decoded"))
-    reason = rf"images/s.png' (has {width} x {height} pixels, .*)?{words}"
+    reason = rf"images/s.png' (has {width} x {height} pixels: .*)?{words}"
     with contextlib.nullcontext() if words is None else pytest.raises(data.DataError, match=reason):
         assert rows_in(paper_row(path="images/s.png"), **limits)
 
@@ -275,35 +265,47 @@ def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about damaged tags
 @pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp", "bmp", "tif", "ppm"])
 def test_damaged_pictures(rows_in, monkeypatch, kind):
+    """Truncated files are found when rows are checked; in a PNG also any wrong byte, when it is opened."""
     row, rng = paper_row(path=f"images/d.{kind}"), np.random.default_rng(0)
     path = rows_in.folder / row["path"]
-    with pytest.raises(data.DataError, match=str(path)):
-        data.open_picture(path)  # not there
     NOISE.resize((8, 8)).save(path, "JPEG")
     NOISE.crop((0, 0, 60, 50)).save(path, **{"comment": path.read_bytes()} if kind == "jpg" else {})  # whole one inside
     whole, fine = path.read_bytes(), kind in ("bmp", "tif", "ppm")
     with monkeypatch.context() as patch:  # whole JPEG, PNG, GIF and WEBP are known by their ends, and not decoded
         patch.setattr(data, "open_picture", lambda path: fine or pytest.fail("decoded"))
         assert rows_in(row)
-    for part in (10, len(whole) // 3, len(whole) // 2, len(whole) - 200, len(whole) - 40):
-        path.write_bytes(whole[:part])
-        with pytest.raises(data.DataError, match="path: '.*can't be read as a picture"):
-            rows_in(row)
-        with pytest.raises(data.DataError, match=str(path)):
-            data.open_picture(path)
     if kind in ("jpg", "png", "gif"):  # data of others after the end, as cameras write: fine
         path.write_bytes(whole + b"maker's own data")
         assert rows_in(row) and data.open_picture(path).size == (60, 50)
+    for part in (10, len(whole) // 3, len(whole) // 2, len(whole) - 200, len(whole) - 40):
+        path.write_bytes(whole[:part])
+        for look in (lambda: rows_in(row), lambda: data.open_picture(path)):
+            with pytest.raises(data.DataError, match=f"path: '{path}' can't be read as a picture"):
+                look()
     for _ in range(150):
         damaged = bytearray(whole)
         for at in rng.integers(0, 150, 2):
             damaged[at] = rng.integers(256)
         path.write_bytes(damaged)
         try:
-            data.check_picture(str(path.parent), path.name, 200, 100_000, 1)  # before decoding: sizes may be wild now
+            data.check_picture(str(path.parent), path.name, 200, 100_000)  # before decoding: sizes may be wild now
             data.open_picture(path)
+            assert kind != "png" or damaged == whole
         except data.DataError as error:
             assert path.name in str(error)
+
+
+def tiff(values, bits, tags):
+    """An uncompressed grey TIFF by hand: one strip of 2 x 3 pixels, unless `tags` say otherwise."""
+    entries = {256: 3, 257: 2, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 274: 1, 277: 1, 279: len(values)}
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in (entries | tags).items())
+    return b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + values
+
+
+def bmp(alpha):
+    """Two pixels with an alpha mask."""
+    header = struct.pack("<IiiHHIIiiIIIIII", 56, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0, 0xff0000, 0xff00, 0xff, 0xff000000)
+    return b"BM" + struct.pack("<IHHI", 78, 0, 0, 70) + header + bytes([10, 20, 30, 0, 40, 50, 60, alpha])
 
 
 PALETTE, FRAMES = Image.new("P", (2, 1)), [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue", "lime")]
@@ -327,78 +329,49 @@ SEEN = [  # file name, content (a picture; an array and its type; a whole file),
     *[(name, PALETTE, {"transparency": 0}, [[255, (50, 60, 70)]]) for name in ("x.png", "x.gif")],
     *[("x.png", png(2, 1, *content), {}, [pixels]) for content, pixels in [
         ((1, 0, b"\0\x40", b"\0\0"), [255, 255]), ((8, 0, b"\0\x03\x09", b"\0\x03"), [255, 9]),
-        ((16, 0, b"\0\0\x03\x80\0", b"\0\x03"), [255, 128]),
         ((8, 2, b"\0\1\2\3\4\5\6", b"\0\1\0\2\0\3"), [255, (4, 5, 6)]),
         ((16, 4, b"\0" + bytes([40, 0, 0, 0, 40, 0, 255, 255])), [255, 40])]],
+    *[("x.bmp", bmp(alpha), {}, [[first, (60, 50, 40)]]) for alpha, first in ((0, (30, 20, 10)), (255, 255))],
     *[(f"x.{kind}", Image.new("CMYK", (2, 1), (255, 0, 0, 0)), {}, [[(0, 255, 255)] * 2]) for kind in ("tif", "jpg")],
     *[(f"x.{kind}", FRAMES[0], {"save_all": True, "append_images": FRAMES[1:], "lossless": True}, [[(255, 0, 0)] * 2])
       for kind in ("gif", "png", "webp", "tif")],
     *[(f"x.{kind}", (np.dstack([SIX] * 3), "u1"), {"exif": EXIF[turn], "lossless": True, "subsampling": 0}, seen)
       for kind in ("jpg", "png", "tif", "webp") for turn, seen in enumerate(TURNED, 1)],
+    *[("x.tif", tiff((np.array(SIX) * white // 255).astype(kind).tobytes(), bits, {274: turn}), {}, TURNED[turn - 1])
+      for turn in (5, 6, 7, 8) for bits, kind, white in ((8, "u1", 255), (16, "<u2", 65535))],
     *[(f"x.{kind}", (SIX, "u1"), {"exif": b"Exif\0\0not TIFF", "lossless": True}, SIX) for kind in ("jpg", "webp")],
     ("x.jpg", (SIX, "u1"), {"exif": ODD_TAG[6]}, TURNED[5])]  # an odd tag beside the orientation
+REFUSED = [  # what Pillow reads without a word, and wrongly
+    ("inverse.tif", tiff(bytes(12), 16, {262: 0})), ("12.tif", tiff(bytes(3), 12, {256: 2, 257: 1})),
+    ("2.png", png(2, 1, 2, 0, b"\0\x70", b"\0\1")), ("4.png", png(2, 1, 4, 0, b"\0\x35", b"\0\3")),
+    ("16.png", png(2, 1, 16, 0, b"\0\0\x03\x80\0", b"\0\x03")),
+    ("rgb16.png", png(1, 1, 16, 2, b"\0" + bytes(6), b"\x80" + bytes(5))), ("i.tif", ([[0, 9]], "i4")),
+    ("f.tif", ([[0, 0.5]], "f4")), ("x.pfm", ([[0, 0.5]], "f4")), ("x.avif", FRAMES[0]), ("x.jp2", FRAMES[0])]
 
 
 @pytest.mark.filterwarnings("error")
-
-
-@pytest.mark.parametrize("name, content, saved, pixels", SEEN, ids=lambda value: str(value)[:20])
-def test_pictures_as_a_person_sees_them(tmp_path, name, content, saved, pixels):
+@pytest.mark.parametrize("name, content, saved, pixels", [*SEEN, *[(*refused, {}, None) for refused in REFUSED]],
+                         ids=lambda value: str(value)[:20])
+def test_pictures_as_a_person_sees_them_or_refused(tmp_path, name, content, saved, pixels):
+    path = tmp_path / name
     if isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
+        path.write_bytes(content)
     else:
-        (Image.fromarray(np.array(*content)) if isinstance(content, tuple) else content).save(tmp_path / name, **saved)
-    picture = data.open_picture(tmp_path / name)
+        (Image.fromarray(np.array(*content)) if isinstance(content, tuple) else content).save(path, **saved)
+    if pixels is None:
+        for look in (lambda: data.open_picture(path), lambda: data.check_picture(str(tmp_path), name)):
+            with pytest.raises(data.DataError, match=f"{name}.*save it as 8-bit PNG or JPEG"):
+                look()
+        return
+    picture = data.open_picture(path)
     expected = np.array([[pixel if isinstance(pixel, tuple) else [pixel] * 3 for pixel in row] for row in pixels])
     assert picture.mode == "RGB" and np.shape(picture) == expected.shape
     assert abs(np.asarray(picture).astype(int) - expected).max() <= (8 if name == "x.jpg" else 0)
 
 
-def tiff(values, bits, tags):
-    """An uncompressed grey TIFF by hand: one strip of 2 x 3 pixels, unless `tags` say otherwise."""
-    entries = {256: 3, 257: 2, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 274: 1, 277: 1, 279: len(values)}
-    entries |= tags
-    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
-    return b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + bytes(values)
-
-
-def test_pictures_are_right_or_refused(tmp_path):
-    """What Pillow reads without a word, and wrongly."""
-    path, stored = tmp_path / "x.tif", np.array([[0, 50, 100], [150, 200, 250]])
-    for turn, seen in ((5, stored.T), (6, stored[::-1].T), (7, stored[::-1, ::-1].T), (8, stored[:, ::-1].T)):
-        for bits, scale in ((8, "<u1"), (16, "<u2")):
-            path.write_bytes(tiff((stored * (257 if bits == 16 else 1)).astype(scale).tobytes(), bits, {274: turn}))
-            assert np.array_equal(np.asarray(data.open_picture(path))[..., 0], seen)
-    refused = {"inverse.tif": tiff(bytes(12), 16, {262: 0}), "12.tif": tiff(bytes(3), 12, {256: 2, 257: 1}),
-               "4.png": png(2, 1, 4, 0, b"\0\x35", b"\0\3"),
-               "2.png": png(2, 1, 2, 0, b"\0\x70", b"\0\1"),
-               "16.png": png(1, 1, 16, 2, b"\0" + bytes(6), b"\x80" + bytes(5))}
-    for name, values in (("i.tif", np.int32([[0, 9]])), ("f.tif", np.float32([[0, 0.5]]))):
-        Image.fromarray(values).save(tmp_path / name)
-        refused[name] = (tmp_path / name).read_bytes()
-    for name, kind in (("x.avif", "AVIF"), ("x.jp2", "JPEG2000")):
-        Image.new("RGB", (9, 9)).save(tmp_path / name)
-        refused[name] = (tmp_path / name).read_bytes()
-        with pytest.raises(data.DataError, match=kind):
-            data.open_picture(tmp_path / name)
-    for name, content in refused.items():
-        (tmp_path / name).write_bytes(content)
-        for look in (data.open_picture, lambda path: data.check_picture(str(tmp_path), path.name, 200, 10_000, 1)):
-            with pytest.raises(data.DataError, match=f"{name}.*save it as 8-bit PNG or JPEG"):
-                look(tmp_path / name)
-    for alpha, seen in ((0, [[30, 20, 10], [60, 50, 40]]), (255, [[255] * 3, [60, 50, 40]])):  # 0 everywhere: opaque
-        header = struct.pack("<IiiHHIIiiIIIIII", 56, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0, 0xff0000, 0xff00, 0xff, 0xff000000)
-        (tmp_path / "a.bmp").write_bytes(b"BM" + struct.pack("<IHHI", 78, 0, 0, 70) + header
-                                         + bytes([10, 20, 30, 0, 40, 50, 60, alpha]))
-        assert np.asarray(data.open_picture(tmp_path / "a.bmp"))[0].tolist() == seen
-
-
-PICTURES = Path(__file__).resolve().parent / "../shared/pictures.json"
-
-
-@pytest.mark.skipif(not PICTURES.exists(), reason="a clone stands alone: the test above makes such files")
-def test_shared_pictures(tmp_path):
-    for case in json.loads(PICTURES.read_text("utf-8")):
+@pytest.mark.skipif(not SHARED.is_dir(), reason="a clone stands alone: the tests above make such rows and files")
+def test_shared_rows_and_pictures(rows_in, tmp_path):
+    for case in json.loads((SHARED / "pictures.json").read_text("utf-8")):
         path = tmp_path / case["name"]
         path.write_bytes(base64.b64decode(case["file_base64"]))
         try:
@@ -406,51 +379,27 @@ def test_shared_pictures(tmp_path):
             assert np.abs(seen - case["expected_rgb"]).max() <= case["tolerance"], case["id"]
         except data.DataError as error:
             assert path.name in str(error) and "guard" not in case["note"]
-
-
-def test_a_wrong_byte_in_the_middle_of_a_png_is_found(tmp_path):
-    path, rng = tmp_path / "x.png", random.Random(0)
-    Image.new("RGB", (200, 200), "red").save(path)  # zlib alone lets a quarter pass
-    whole = path.read_bytes()
-    for at in [rng.randrange(50, len(whole) - 20) for _ in range(50)]:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1:])
-        with pytest.raises(data.DataError, match="x.png"):
-            data.open_picture(path)
+    examples, odd = data.load_examples(SHARED / "sample/rows.json"), SHARED / "sample/odd"
+    assert examples == data.load_examples(SHARED / "sample/rows.jsonl") and examples[4].solution == "B"
+    assert [(e.id, e.image is None) for e in examples] == [(str(i), i == 4) for i in range(1, 13)]
+    rows = [paper_row(problem_id=path.name, path=path.name) for path in sorted(odd.iterdir())]
+    sound = rows_in(*rows, image_root=odd, skip_bad=True)
+    assert {row["path"] for row in rows} - {e.id for e in sound} == {"truncated.jpg"}
+    assert all(np.std(data.open_picture(e.image)) > 0 for e in examples + sound if e.image)
+    board = np.asarray(data.open_picture(odd / "chessboard_GRAY_U16.tif"))
+    assert (board < 50).mean() > 0.3 and (board > 200).mean() > 0.3
+    assert (np.asarray(data.open_picture(SHARED / "sample/images/horse.png"))[0] > 250).all()  # transparent there
 
 
 def test_every_row_can_be_won_and_options_are_shown_with_letters(rows_in):
     for kind in ("numerical", "OCR", "free-form", "text"):
         for solution in ("x > 5", "red, blue", "...", "½", "\\", "1/0", "(", "Denali"):
-            example, = rows_in(paper_row(problem_type=kind, solution=solution, problem="How many?\n<image>"))
-            assert outcome_of(example.solution, example.solution, kind) == 1 and example.problem == "How many?"
+            example, = rows_in(paper_row(problem_type=kind, solution=solution))
+            assert outcome_of(example.solution, example.solution, kind) == 1
     for options, shown in ((["dog", "cat"], "A. dog\nB. cat"), (["1. dog", "2. cat"], "A. 1. dog\nB. 2. cat"),
                            (["(A) dog", "(B) cat"], "(A) dog\n(B) cat"), (["B", "A"], "\nB\nA\n"),
                            (["O", "A"], "\nO\nA\n")):
         assert shown in data.question_text(rows_in(paper_row(**choice(options[0], *options)))[0])
-
-
-def test_fields_and_files_by_another_name_are_pointed_at(rows_in):
-    Image.new("RGB", (9, 9)).save(rows_in.folder / "images/caf\u00e9.png")
-    for changes, said in [({"path": "DROP", "images": ["x"]}, "path: is missing; 'images' looks like it"),
-                          ({"solution": "DROP", "answer": "5"}, "solution: is missing; 'answer' looks like it"),
-                          ({"path": "images/cafe\u0301.png"}, "in another Unicode form")]:
-        with pytest.raises(data.DataError, match=said):
-            rows_in(paper_row(**changes))
-    assert len(rows_in(paper_row(path="images/caf\u00e9.png"))) == 1
-
-
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason="a clone stands alone: the tests above make rows of their own")
-def test_the_sample(rows_in):
-    examples = data.load_examples(SAMPLE / "rows.json")
-    assert examples == data.load_examples(SAMPLE / "rows.jsonl") and examples[4].solution == "B"
-    assert [(e.id, e.image is None) for e in examples] == [(str(i), i == 4) for i in range(1, 13)]
-    odd, paths = SAMPLE / "odd", sorted((SAMPLE / "odd").iterdir())
-    sound = rows_in(*[paper_row(problem_id=p.name, path=p.name) for p in paths], image_root=odd, skip_bad=True)
-    assert {p.name for p in paths} - {e.id for e in sound} == {"truncated.jpg"}
-    assert all(np.std(data.open_picture(e.image)) > 0 for e in examples + sound if e.image)
-    board = np.asarray(data.open_picture(odd / "chessboard_GRAY_U16.tif"))
-    assert (board < 50).mean() > 0.3 and (board > 200).mean() > 0.3
-    assert (np.asarray(data.open_picture(SAMPLE / "images/horse.png"))[0] > 250).all()  # transparent there
 
 
 # ---------------------------------------------------------------- section 3.3: the outcome reward
@@ -2863,34 +2812,21 @@ def test_memory_of_the_published_sizes(shape, weights, world):
 # ---------------------------------------------------------------- a model folder is right, or named
 
 
-def weights_of(change):
-    """Rewrites the weights of a folder."""
+def model_copy(folders, tmp_path):
+    shutil.rmtree(tmp_path / "model", ignore_errors=True)
+    shutil.copytree(folders / "model", tmp_path / "model")
+    (tmp_path / "model/SHA256SUMS").unlink()
+    return tmp_path / "model"
+
+
+def weights_of(pattern="^$", new=None, more={}):
+    """Drops or renames the weights of a folder whose names match, and adds some."""
     def rewrite(folder):
         path = folder / "model.safetensors"
-        save_file({name: weight.clone() for name, weight in change(load_file(path)).items()}, path, {"format": "pt"})
+        kept = {re.sub(pattern, new or "", name): weight.clone() for name, weight in load_file(path).items()
+                if new or not re.search(pattern, name)}
+        save_file(kept | more, path, {"format": "pt"})
     return rewrite
-
-
-def without_weights(part):
-    return weights_of(lambda weights: {name: weight for name, weight in weights.items() if part not in name})
-
-
-def renamed(pattern, new):
-    return weights_of(lambda weights: {re.sub(pattern, new, name): weight for name, weight in weights.items()})
-
-
-def settings_of(name, **changes):
-    """Changes a .json of a folder; a field that becomes None is gone."""
-    def rewrite(folder):
-        content = json.loads((folder / name).read_text()) | changes
-        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-    return rewrite
-
-
-def untied(folder):
-    """As if the head were a weight of its own, which isn't there."""
-    text = json.loads((folder / "config.json").read_text())["text_config"]
-    settings_of("config.json", tie_word_embeddings=False, text_config=text | {"tie_word_embeddings": False})(folder)
 
 
 def writes(name, content):
@@ -2898,67 +2834,61 @@ def writes(name, content):
 
 
 @pytest.mark.parametrize("harm, said", [
-    (untied, "1 weights are missing in its .*first lm_head.weight"),
-    (without_weights("visual"), "30 weights are missing"),
-    (without_weights("layers.1."), "12 weights are missing"), (renamed("^", "module."), "weights are missing"),
-    (renamed("^", "base_model.model."), "weights are missing"), (renamed("q_proj", "query"), "8 weights are missing"),
-    (weights_of(lambda weights: weights | {"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
-    (weights_of(lambda weights: weights | {"model.language_model.norm.weight": torch.ones(3)}),
-     "1 weights are mismatched"),
-    (settings_of("config.json", model_type="qwen3_5"), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
-    (settings_of("config.json", model_type="qwen2"), "it is a qwen2, "), (writes("config.json", "{}"), "config.json"),
-    (writes("config.json", '{"model'), "config.json"), (settings_of("tokenizer_config.json", chat_template=None), None),
+    (weights_of("visual"), "30 weights are missing in its .*first model.visual"),
+    (weights_of("layers.1."), "12 weights are missing"), (weights_of("^", "base_model.model."), "weights are missing"),
+    (weights_of("q_proj", "query"), "8 weights are missing"),
+    (weights_of(more={"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
+    (weights_of(more={"model.language_model.norm.weight": torch.ones(3)}), "1 weights are mismatched"),
+    (writes("config.json", '{"model_type": "qwen3_5"}'), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
+    (writes("config.json", "{}"), "config.json"), (writes("config.json", '{"model'), "config.json"),
     (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), "its chat template .*: no system"),
-    (writes("chat_template.jinja", "{% for m in messages %}<|im_start|>{{ m.content[0].text }}<|im_end|>{% endfor %}"),
-     "its chat template doesn't show a system message, a picture"),
+    *[(writes("chat_template.jinja", "{% for m in messages %}<|im_start|>" + turn + "{% endfor %}"),
+       "its chat template .*: it doesn't show a system message, a picture") for turn in (
+        "{{ m.content[0].text }}<|im_end|>", "<|image_pad|>{{ m.content[-1].text or m.content }}")],
     (writes("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), r"its \*.safetensors are damaged"),
     (lambda folder: os.truncate(folder / "model.safetensors", 10 ** 6), r"its \*.safetensors are damaged"),
     (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
     (writes("SHA256SUMS", "a list of somebody's own\n"), None)])
 def test_a_model_folder_is_right_or_named(folders, tmp_path, harm, said):
     """For a policy and for a judge, by what loads both."""
-    shutil.copytree(folders / "model", tmp_path / "model")
-    (tmp_path / "model/SHA256SUMS").unlink()
-    harm(tmp_path / "model")
+    folder = model_copy(folders, tmp_path)
+    harm(folder)
     if said is None:
-        sophia_min.load(tmp_path / "model", road_config())
+        sophia_min.load(folder, road_config())
         return
-    with pytest.raises(SystemExit, match=f"^{tmp_path}/model can't be used: .*{said}") as stop:
-        sophia_min.load(tmp_path / "model", road_config())
+    with pytest.raises(SystemExit, match=f"^{folder} can't be used: .*{said}") as stop:
+        sophia_min.load(folder, road_config())
     assert "\n" not in str(stop.value) and "network" not in str(stop.value)
 
 
 def test_of_a_checkpoints_generation_settings_only_its_ends_count(road, road_examples, folders, tmp_path):
     policy, processor = road
-    spoilt, ids = copy.deepcopy(policy), []
+    spoilt = copy.deepcopy(policy)
     spoilt.generation_config.update(**dict(
         no_repeat_ngram_size=2, typical_p=0.3, epsilon_cutoff=0.01, max_time=1e-4, num_return_sequences=2, num_beams=3,
         stop_strings=["a"], guidance_scale=3.0, encoder_repetition_penalty=1.5, begin_suppress_tokens=[5, 6],
         exponential_decay_length_penalty=(1, 2.0), forced_eos_token_id=7, repetition_penalty=2.0, min_p=0.3))
-    for model in (policy, spoilt):
-        for greedy in (False, True):
+    for greedy in (False, True):
+        ids = []
+        for model in (policy, spoilt):
             torch.manual_seed(3)
             ids.append(sophia_min.rollout(model, processor, road_examples["mixed"], 2, road_config(), greedy).ids)
-    assert torch.equal(ids[0], ids[2]) and torch.equal(ids[1], ids[3]) and spoilt.generation_config.num_beams == 3
+        assert torch.equal(*ids) and spoilt.generation_config.num_beams == 3
     end, pad = processor.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     for stored, ends in [({}, [end]), ({"eos_token_id": pad}, [end, pad]), ({"eos_token_id": [pad, end]}, [end, pad])]:
-        shutil.rmtree(tmp_path / "model", ignore_errors=True)
-        shutil.copytree(folders / "model", tmp_path / "model")
-        (tmp_path / "model/SHA256SUMS").unlink()
-        (tmp_path / "model/generation_config.json").write_text(json.dumps(stored))
-        assert sophia_min.end_ids(sophia_min.load(tmp_path / "model", road_config())[0]) == ends
+        folder = model_copy(folders, tmp_path)
+        writes("generation_config.json", json.dumps(stored))(folder)
+        assert sophia_min.end_ids(sophia_min.load(folder, road_config())[0]) == ends
 
 
 def test_tags_count_whoever_writes_them(road, road_examples, tmp_path):
     """Tags that are special tokens are text in a response; one that the template opens with counts as written; the
     template in chat_template.json wins."""
-    processor = copy.deepcopy(road[1])
-    text = "<think>x</think><answer>A</answer>"
+    processor, text = copy.deepcopy(road[1]), "<think>x</think><answer>A</answer>"
     processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</answer>"]})
-    ids = torch.tensor(processor.tokenizer(text).input_ids + [2, 0])
-    assert processor.decode(ids, [2, 0]) == text
-    road[0].save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    assert processor.decode(torch.tensor(processor.tokenizer(text).input_ids + [2, 0]), [2, 0]) == text
+    for part in (road[0], processor):
+        part.save_pretrained(tmp_path)
     template = processor.tokenizer.chat_template.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     policy, opened = sophia_min.load(tmp_path, road_config())
@@ -2969,16 +2899,15 @@ def test_tags_count_whoever_writes_them(road, road_examples, tmp_path):
 
 def test_a_judge_of_others_that_answers_in_tags_scores_every_response(flags, road_examples, tmp_path):
     """As the released one is told to: asked in its layout, in every mode, and in a whole run."""
-    model, processor = data.toy_model(0)
-    (tmp_path / "prompt.txt").write_text(PICTURE_LAST)
-    judges = [sophia_min.ThinkingRewardModel(model, processor, None, template)
-              for template in (None, tmp_path / "prompt.txt")]
+    (model, processor), prompt = data.toy_model(0), tmp_path / "prompt.txt"
+    prompt.write_text(PICTURE_LAST)
+    judges = [sophia_min.ThinkingRewardModel(model, processor, None, template) for template in (None, prompt)]
     verdict, examples = processor.encode("<answer>0.7</answer>") + [processor.turn_end], road_examples["pictures"]
     texts = ["a", "first is red", ""]
     reward_model.sft(model.requires_grad_(True), examples * 5, lambda example: (
         [judge.prompt(example, text) for judge in judges for text in texts], [verdict] * 6), 40, 4, 3e-3, "sft")
     data.save_folder(tmp_path / "tagged", model, processor)
-    for mode, template in ((None, None), ("expected", None), (None, tmp_path / "prompt.txt")):
+    for mode, template in ((None, None), ("expected", None), (None, prompt)):
         judge = sophia_min.ThinkingRewardModel(*sophia_min.load(tmp_path / "tagged", road_config()), mode, template)
         scores = judge.score(examples, [texts] * len(examples))
         assert torch.equal(scores, torch.full_like(scores, 0.7)), (mode, template)
@@ -3006,28 +2935,26 @@ def test_responses_without_the_format_are_reported_once(run, capsys):
 def family_model(kind):
     """A tiny Qwen2-VL or Qwen3-VL (16-pixel patches, deepstack) with the toy's tokenizer."""
     tokenizer = data.toy_tokenizer()
-    pad, _, end, vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(data.SPECIAL_TOKENS)
+    pad, _, end, *vision_ids = tokenizer.convert_tokens_to_ids(data.SPECIAL_TOKENS)
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, pad_token_id=pad,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
-                bos_token_id=None, eos_token_id=end)
-    ids = dict(vision_start_token_id=vision_start, vision_end_token_id=vision_end, image_token_id=image,
-               video_token_id=video, tie_word_embeddings=True)
+                bos_token_id=None, eos_token_id=end, rope_parameters=rope)
+    vision = dict(depth=2, num_heads=2)
     if kind == "qwen2_vl":
-        config = Qwen2VLConfig(text_config=text | {"rope_parameters": rope}, vision_config=dict(
-            depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2), **ids)
+        config, patch = Qwen2VLConfig, 14
+        vision |= dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
     else:
-        rope |= {"mrope_interleaved": True}
-        config = Qwen3VLConfig(text_config=text | {"head_dim": 16, "rope_parameters": rope}, vision_config=dict(
-            depth=3, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64,
-            deepstack_visual_indexes=[0, 1], num_position_embeddings=64), **ids)
+        config, patch = Qwen3VLConfig, 16
+        text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}}
+        vision |= dict(depth=3, hidden_size=32, intermediate_size=64, out_hidden_size=64,
+                       deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.03)
+    config = config(text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(names, vision_ids)))
+    model = moved(AutoModelForImageTextToText.from_config(config).eval(), 1, 0.03)
     model.generation_config = GenerationConfig(eos_token_id=[end, *range(300, 400)], pad_token_id=pad)
-    return model, data.Processor(tokenizer, data.Qwen2VLImageProcessorPil(patch_size=14 if kind == "qwen2_vl" else 16))
+    return model, data.Processor(tokenizer, data.Qwen2VLImageProcessorPil(patch_size=patch))
 
 
 @pytest.mark.parametrize("kind, official", [("qwen2_vl", Qwen2VLForConditionalGeneration),
@@ -3055,14 +2982,14 @@ def test_its_sisters_run_the_whole_road(kind, official, flags, road_examples, tm
 
 
 @pytest.mark.parametrize("command, reason", [
-    ("--group_size 1", "--group_size must be 2 or more"), ("--steps 0", "steps"), ("--alpha -1", "alpha"),
-    ("--temperature 0", "temperature"), ("--clip_eps 2", "--clip_eps must be below 1"),
+    ("--group_size 1", "--group_size must be 2 or more"), ("--alpha -1", "alpha"), ("--clip_eps 2", "must be below 1"),
     ("--anneal maybe", "anneal"), ("--trust blind", "trust"), ("--resume nowhere", "so no run to continue"),
-    ("--max_pixels 10", "max_pixels"), ("--data x.json", "oracle"), ("--save_every 0", "save_every"),
-    ("--seed -1", "seed"), ("--lr nan", "lr"), ("--lr inf", "lr"), ("--steps 1.5", "steps"), ("--device gpu", "cuda:N"),
-    ("--toy_pixels 448", "56"), ("--rm_prompt x", "no such file"), ("--rm_mode guess", "rm_mode"), ("x", "x: there"),
+    ("--data x.json", "oracle"), ("--lr nan", "lr"), ("--lr inf", "lr"), ("--steps 1.5", "steps"),
+    ("--device gpu", "cuda:N"), ("--toy_pixels 448", "56"), ("--rm_prompt x", "no such file"), ("x", "x: there"),
     ("--modle toy", "--modle: there is no such option; do you mean --model?"), ("--model", "expected one argument"),
     ("--min_new_tokens 99 --max_new_tokens 9", "must not be above --max_new_tokens"), ("--study", "--study"),
+    *((f"--{name} {least / 2 - 1 if type(least) is float else least - 1}", name)
+      for name, least in sophia_min.LEAST.items()),
     *(() if torch.cuda.is_available() else [("--device cuda", "torch sees no CUDA device")])])
 def test_a_wrong_command_line_ends_in_one_line(capsys, command, reason):
     said = end_of(capsys, command.split(), 2)
@@ -3084,8 +3011,9 @@ def test_help_names_the_sources(capsys):
     with pytest.raises(SystemExit):
         sophia_min.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Eq. 4 (0.3: paper, section 4)" in shown and "(0.2: released config)" in shown and "(0: ours)" in shown
-    assert "(1500: paper, section 4; 70 with --model toy)" in shown
+    for said in ("Eq. 4 (0.3: paper, section 4)", "(0.2: released config)", "(0: ours)",
+                 "(1500: paper, section 4; 70 with --model toy)"):
+        assert said in shown
 
 
 def test_without_a_network_a_model_id_ends_in_one_line(flags, capsys):
