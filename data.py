@@ -77,19 +77,37 @@ class Parser(HfArgumentParser):
         self.set_defaults(**defaults)
         return self.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
 
+    def settings(self, argv, toy):
+        """(settings, those of the run that --resume goes on with, else {}). `toy`: other defaults with --model toy."""
+        for action in self._actions:
+            action.metavar = {int: "N", float: "X", str: "NAME"}.get(action.type)
+            if action.dest in toy:
+                action.help = f"{action.help[:-1]}; {toy[action.dest]} with --model toy)"
+        first, before = self.parse_known_args(argv)[0], {}
+        defaults, alone = dict(toy) if first.model == "toy" else {}, Path(first.model, "adapter_config.json").is_file()
+        if first.lora or first.adapter or alone:
+            defaults["lr"] = round(10 * defaults.get("lr", self.get_default("lr")), 9)  # ours
+        if first.resume:
+            defaults = before = self._stored(first.resume, vars(first))
+        config = self.parse(argv, **defaults)
+        if alone and not before:  # an adapter's folder names its base
+            config.model, config.adapter = read_adapter(config.model)[0], config.model
+        for name, value in before.items():
+            if getattr(config, name) != value:
+                print(f"--{name} was {value}, goes on as {getattr(config, name)}")
+        return config, before
 
-def stored_settings(folder, known, parser):
-    """The settings of the run in `folder`, for --resume; ends in one line where there is none to continue."""
-    for name in ("config.json", "eval.json", "checkpoint/state.pt"):
-        if not Path(folder, name).exists():
-            parser.error(f"--resume {folder}: no {name} there, so no run to continue; start one in another --out")
-    try:
-        settings = json.loads(Path(folder, "config.json").read_text())
-        if other := set(settings) ^ set(known):
-            raise ValueError(f"it is another version's, by {', '.join(other)}")
-    except (OSError, ValueError, TypeError) as error:
-        parser.error(f"--resume {folder}: config.json can't be used: {error}")
-    return settings | {"resume": str(folder), "out": str(folder)}
+    def _stored(self, folder, known):
+        for name in ("config.json", "eval.json", "checkpoint/state.pt"):
+            if not Path(folder, name).exists():
+                self.error(f"--resume {folder}: no {name} there, so no run to continue; start one in another --out")
+        try:
+            settings = json.loads(Path(folder, "config.json").read_text())
+            if other := set(settings) ^ set(known):
+                raise ValueError(f"it is another version's, by {', '.join(other)}")
+        except (OSError, ValueError, TypeError) as error:
+            self.error(f"--resume {folder}: config.json can't be used: {error}")
+        return settings | {"resume": str(folder), "out": str(folder)}
 
 
 class StopAfterStep:
@@ -1297,16 +1315,33 @@ def lock(folder):
     return file
 
 
-def read_checkpoint(path):
-    """A saved state; a damaged one ends the run: torch reads flipped bits in silence, its zip format has checksums."""
+def write_checkpoint(config, state, examples):
+    """All that a resumed run needs, put in place in one rename: the last checkpoint survives a crash."""
+    path = Path(config.out, "checkpoint", "state.pt")
+    try:
+        write_atomic(path, lambda file: torch.save(state | {"rows": digest(examples)}, file))
+    except (OSError, RuntimeError) as error:
+        raise SystemExit(f"step {state['step']}: {path} can't be written: {error}. The checkpoint before it is intact: "
+                         f"make room, then go on with --resume {config.out}") from error
+
+
+def read_checkpoint(config, examples):
+    """A saved state; the log is cut to it. A damaged one ends the run: torch reads flipped bits in silence, but its zip
+    format has checksums."""
+    path = Path(config.out, "checkpoint", "state.pt")
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        same = state["rows"] == digest(examples)
     except DAMAGE as error:
         raise SystemExit(f"{path} is damaged and wasn't loaded: {' '.join(str(error).split())[:200]}. Restore it "
                          "from a copy, or start the run again.") from error
+    if not same:
+        raise SystemExit(f"{config.data} doesn't hold the rows that the run began with; restore them")
+    cut_log(config.out, state["step"])
+    return state
 
 
 # ---------------------------------------------------------------- what a run shows: table, curves, report

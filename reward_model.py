@@ -18,7 +18,7 @@ from transformers import set_seed
 import data
 from data import progress, write_rows
 from sophia_min import (ASK, CRITERIA, DELIMITER, JUDGE_FORM, TRAINED_HERE, Config, MasterAdamW, PrefixCache,
-                        ThinkingRewardModel, device_and_dtype, load, pad, parse_score, responses, target_logits)  # noqa: F401, parse_score is offered here too
+                        ThinkingRewardModel, device_and_dtype, load, pad, parse_score, responses, target_logits)
 
 # ---------------------------------------------------------------- supervised fine-tuning
 

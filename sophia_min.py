@@ -684,13 +684,16 @@ class MasterAdamW:
 
     @torch.no_grad()
     def restore(self, saved):
-        """Put a saved state back, however many processes it came from, before the model's first forward pass."""
+        """Put a saved state back, however many processes it came from, before the model's first forward pass. Raises
+        SystemExit if it is another model's."""
         def parts(tensor, like):
             if not isinstance(like, DTensor) or tensor.shape != like.shape:
                 return tensor
             return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
-        for weight, master, value in zip(self.weights, self.masters, saved["weights"], strict=True):
+        if [value.shape for value in saved["weights"]] != [master.shape for master in self.masters]:
+            raise SystemExit("the folder's start and its checkpoint are of two models: restore it from a copy")
+        for weight, master, value in zip(self.weights, self.masters, saved["weights"]):
             master.copy_(parts(value, master))
             weight.copy_(master)
         moments = {i: {key: parts(value, self.masters[i]) for key, value in state.items()}
@@ -752,7 +755,7 @@ class LoRA:
 
 
 def on_rank_0(tensor):
-    """A tensor that may be spread over the ranks, which all must ask for it: whole, in host memory, for rank 0 alone."""
+    """A tensor that may be spread over ranks, whole, in host memory, for rank 0 alone; all ranks must ask for it."""
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.cpu() if RANK == 0 else None
 
@@ -796,30 +799,6 @@ def kept_whole(model):
         unit.reshard()
 
 
-def save_checkpoint(config, step, optimizer, examples):
-    """All that a resumed run needs, put in place in one rename: the last checkpoint survives a crash."""
-    path = Path(config.out, "checkpoint", "state.pt")
-    state = {"step": step, "rows": data.digest(examples), **optimizer.state()}
-    try:
-        data.write_atomic(path, lambda file: torch.save(state, file))
-    except (OSError, RuntimeError) as error:
-        raise SystemExit(f"step {step}: {path} can't be written: {error}. The checkpoint before it is intact: make "
-                         f"room, then go on with --resume {config.out}") from error
-
-
-def load_checkpoint(config, optimizer, examples):
-    """Put a saved state into the optimizer and its model; returns its step. The log is cut to it."""
-    state = data.read_checkpoint(Path(config.out, "checkpoint", "state.pt"))
-    if state["rows"] != data.digest(examples):
-        raise SystemExit(f"{config.data} doesn't hold the rows that the run began with; restore them")
-    try:
-        optimizer.restore(state)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"{config.out}/checkpoint: its start and its state are of two models: {error}") from error
-    data.cut_log(config.out, state["step"])
-    return state["step"]
-
-
 def load_models(config):
     """(policy, Processor, reference or None, judge or None, LoRA or None): as named, from the folders in which the toy
     world is prepared, or from those that a run left and --resume continues."""
@@ -854,24 +833,10 @@ def load_models(config):
 
 def configure(argv=None):
     """The Config of a command line; a wrong value ends in one line and exit status 2."""
-    about, before = __doc__.split("\n\n"), {}
     parser = data.Parser(Config, prog="sophia_min.py", usage="python sophia_min.py [--flag value ...]",
-                         description="\n\n".join(about[:2]), formatter_class=RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
-    for action in parser._actions:
-        action.metavar = {int: "N", float: "X", str: "NAME"}.get(action.type)
-        if action.dest in TOY:
-            action.help = f"{action.help[:-1]}; {TOY[action.dest]} with --model toy)"
-    first, _ = parser.parse_known_args(argv)
-    alone = Path(first.model, "adapter_config.json").is_file()  # an adapter, which names its base
-    if first.resume:
-        before = data.stored_settings(first.resume, asdict(Config()), parser)
-    defaults = before or dict(TOY if first.model == "toy" else {})
-    if not before and (first.lora or first.adapter or alone):
-        defaults["lr"] = round(10 * defaults.get("lr", Config.lr), 9)  # ours
-    config = parser.parse(argv, **defaults)
-    if alone and not before:
-        config.model, config.adapter = data.read_adapter(config.model)[0], config.model
+                         description="\n\n".join(__doc__.split("\n\n")[:2]), allow_abbrev=False,
+                         formatter_class=RawDescriptionHelpFormatter)
+    config, before = parser.settings(argv, TOY)
     if config.reward_model == "base" and config.model != "toy":
         config.reward_model = config.model  # the untrained judge of a real model: that model itself
     for wrong, why in [
@@ -894,9 +859,6 @@ def configure(argv=None):
     ]:
         if wrong:
             parser.error(why)
-    for name, value in before.items():
-        if getattr(config, name) != value:
-            print(f"--{name} was {value}, goes on as {getattr(config, name)}")
     return config
 
 
@@ -923,8 +885,9 @@ def train(config, examples, held_out, about):
     offload = device.startswith("cuda") and WORLD == 1 if config.offload_optimizer is None else config.offload_optimizer
     optimizer = MasterAdamW(policy, config.lr, offload=offload, average=WORLD > 1 and adapters)
     if config.resume:
-        first = load_checkpoint(config, optimizer, examples) + 1
-        results = json.loads((out / "eval.json").read_text())
+        state = data.read_checkpoint(config, examples)
+        optimizer.restore(state)
+        first, results = state["step"] + 1, json.loads((out / "eval.json").read_text())
         print(f"going on      after step {first - 1} of {config.steps}")
     gap = self_test(policy, processor, examples[:4] + [e for e in examples if e.image is None][:1], config)
     print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
@@ -948,7 +911,7 @@ def train(config, examples, held_out, about):
                              if line[name] is not None})
             stop = any(all_gather(stopping.asked))  # asked once: a Ctrl-C between saving and stopping loses nothing
             if step % config.save_every == 0 or step == config.steps or stop:
-                save_checkpoint(config, step, optimizer, examples)
+                data.write_checkpoint(config, {"step": step, **optimizer.state()}, examples)
             if stop:
                 raise SystemExit(f"stopped after step {step}; go on with --resume {out}")
     check_up("after", None if same else config.steps)

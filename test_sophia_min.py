@@ -2345,12 +2345,22 @@ def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
     assert (len(made), len(learned)) == (3, 6)
 
 
+def save_state(config, step, optimizer, examples):
+    data.write_checkpoint(config, {"step": step, **optimizer.state()}, examples)
+
+
+def load_state(config, optimizer, examples):
+    state = data.read_checkpoint(config, examples)
+    optimizer.restore(state)
+    return state["step"]
+
+
 @pytest.fixture
 def saved(road, real_rows, tmp_path):
     """(config, optimizer, examples) with a checkpoint of step 1 in config.out."""
     config, examples = dataclasses.replace(road_config(), out=str(tmp_path)), data.load_examples(real_rows)
     optimizer = sophia_min.MasterAdamW(copy.deepcopy(road[0]), 1e-3)
-    sophia_min.save_checkpoint(config, 1, optimizer, examples)
+    save_state(config, 1, optimizer, examples)
     return config, optimizer, examples
 
 
@@ -2372,13 +2382,13 @@ def test_killed_ten_times_or_on_a_full_disk_a_save_leaves_a_checkpoint(saved, mo
 
     def save_on_and_on():
         for step in range(2, 10_000):
-            sophia_min.save_checkpoint(saved[0], step, *saved[1:])
+            save_state(saved[0], step, *saved[1:])
 
     def save_on_a_full_disk():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         with pytest.raises(SystemExit, match="step 2: .*can't be written"):
-            sophia_min.save_checkpoint(saved[0], 2, *saved[1:])
+            save_state(saved[0], 2, *saved[1:])
 
     monkeypatch.setattr(torch, "save", lambda state, file: save(state, file) or file.flush() or time.sleep(0.6))
     for _ in range(10):
@@ -2387,11 +2397,11 @@ def test_killed_ten_times_or_on_a_full_disk_a_save_leaves_a_checkpoint(saved, mo
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         inside += any(file.stat().st_size > 0 for file in folder.glob(".state.pt.new/*"))
-        assert sophia_min.load_checkpoint(*saved) >= 1
+        assert load_state(*saved) >= 1
     assert inside >= 5
     monkeypatch.setattr(torch, "save", save)
-    sophia_min.save_checkpoint(saved[0], 1, *saved[1:])
-    assert os.waitpid(in_a_fork(save_on_a_full_disk), 0)[1] == 0 and sophia_min.load_checkpoint(*saved) == 1
+    save_state(saved[0], 1, *saved[1:])
+    assert os.waitpid(in_a_fork(save_on_a_full_disk), 0)[1] == 0 and load_state(*saved) == 1
     assert os.listdir(folder) == ["state.pt"]  # what kills and the full disk left behind is gone
 
 
@@ -2411,7 +2421,7 @@ def test_a_damaged_checkpoint_is_never_loaded_and_runs_nothing(saved, tmp_path):
     for n, bad in enumerate(damaged):
         path.write_bytes(bad)
         try:
-            assert sophia_min.load_checkpoint(*saved) == 1 and n >= 4
+            assert load_state(*saved) == 1 and n >= 4
         except SystemExit as stop:
             refused += 1
             assert re.fullmatch(".*state.pt is damaged and wasn't loaded: .*", str(stop))
