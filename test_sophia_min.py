@@ -113,6 +113,7 @@ BAD_ROWS = [  # what a row changes, or what stands in its place; the field and s
     *[({name: 3}, name, "text") for name in FIELDS[1:]], ({"problem_id": "1"}, "problem_id", "row 1 has it already"),
     *[(strange, "row", "object") for strange in (None, 3, "text", [], [[1]], True, float("nan"), 10 ** 400, "\ud800")],
     ({"data_type": "text"}, "path", "data_type is text"),
+    ({"data_type": "text", "path": "", "problem": "<image>?"}, "problem", "more <image> tags"),
     *[({name: value}, name, words) for name, words, *values in [
         ("problem_type", "numerical, multiple choice, OCR, free-form, text", "Numerical", "ocr"),
         ("data_type", "image, text", "video"), ("data_source", "text", 3), ("options", "list", "A. dog", {}, False),
@@ -176,8 +177,14 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
         with pytest.raises(data.DataError, match=words):
             rows_in(*rows, skip_bad=True, skipped_path=place)
     for depth in range(850, 1000):  # somewhere here is the edge of what JSON can nest
-        with pytest.raises(data.DataError):
-            rows_in(name="rows.jsonl", text="[" * depth + "]" * depth, skip_bad=True)
+        with contextlib.suppress(data.DataError):
+            rows_in(name="rows.jsonl", text=f"{json.dumps(paper_row())}\n{'[' * depth}{']' * depth}", skip_bad=True)
+    examples = rows_in(paper_row(), {}, paper_row(problem_id="long"), skip_bad=True)
+    config = types.SimpleNamespace(max_prompt_tokens=2, skip_bad=True, out=rows_in.folder, data="rows.json")
+    processor = types.SimpleNamespace(length=lambda example: len(example.id))  # a prompt too long joins the list
+    assert data.check_lengths(examples, processor, config) == examples[:1]
+    listed = data.read_lines(rows_in.folder / "skipped.jsonl")
+    assert [words in row["reason"] for row, words in zip(listed, ("row 2 ", "long: problem: "), strict=True)] == [1, 1]
 
 
 @pytest.mark.parametrize("name, text, words", [
