@@ -2985,9 +2985,10 @@ def writes(name, content):
     (writes("config.json", '{"model_type": "qwen3_5"}'), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
     (writes("config.json", "{}"), "config.json"), (writes("config.json", '{"model'), "config.json"),
     (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), "its chat template .*: no system"),
-    *[(writes("chat_template.jinja", "{% for m in messages %}<|im_start|>" + turn + "{% endfor %}"),
-       "its chat template .*: it doesn't show a system message, a picture") for turn in (
-        "{{ m.content[0].text }}<|im_end|>", "<|image_pad|>{{ m.content[-1].text or m.content }}")],
+    *[(writes("chat_template.jinja", "{% for m in " + turns.replace(
+        "TEXT", "{{ m.content if m.content is string else m.content[-1].text }}") + "{% endfor %}"),
+       "its chat template .*: it doesn't show a system message, a picture") for turns in (
+        "messages %}TEXT<|im_end|>", "messages[1:] %}<|image_pad|>TEXT<|im_end|>", "messages %}<|image_pad|>TEXT")],
     (writes("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), r"its \*.safetensors are damaged"),
     (lambda folder: os.truncate(folder / "model.safetensors", 10 ** 6), r"its \*.safetensors are damaged"),
     (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
