@@ -1398,11 +1398,10 @@ def table(results):
 def plot(panels):
     """PNG bytes, a panel for each function of a matplotlib axis, three a row. Without matplotlib raises ImportError."""
     from matplotlib.figure import Figure  # here: only pictures need it, and it takes a second to import
-    across, down = min(3, len(panels)), math.ceil(len(panels) / 3)
-    figure = Figure(figsize=(max(7, 4 * across), max(4.5, 2.5 * down)), layout="constrained")
+    rows, png = math.ceil(len(panels) / 3), io.BytesIO()
+    figure = Figure(figsize=(12, 3 * rows), layout="constrained")
     for i, panel in enumerate(panels, 1):
-        panel(figure.add_subplot(down, across, i))
-    png = io.BytesIO()
+        panel(figure.add_subplot(rows, 3, i))
     figure.savefig(png, dpi=80)
     return png.getvalue()
 
