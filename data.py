@@ -597,15 +597,16 @@ def _plain_word(m: re.Match) -> str:
 def _bracket(m: re.Match) -> str:
     """A pair of brackets, left out where it only groups: (5), -(1/2), (2x)/3, 10^(-5); but not 2(3), (x+2)/5, f(2)."""
     before, inner, after = m.string[m.start() - 2], m[1], m.string[m.end()]
+    words, product = len(inner.split()), not re.search("[+=<>≤≥≠≈,:;±∓÷→-]", inner.removeprefix("- "))
     if before in "^_√":
-        idle = len(inner.split()) == 1 + (inner[0] in "+-")
+        idle = words == 1 + (inner[0] in "+-")
     elif re.match(r"""[\w)\]'"°∞⟩]""", before) or re.match(r"[\w(⟨√^_]", after):
         idle = False
+    elif before == after == " ":
+        idle = not re.search("[,;]", inner)
     else:
-        product = not re.search("[+=<>≤≥≠≈,:;±∓÷→-]", inner.removeprefix("- "))
-        idle = len(inner.split()) == 1 or product and before != "/" and not (after == "/" and "/" in inner)
-    whole = before == after == " " and not re.search("[,;]", inner)
-    return inner if idle or whole else f"⟨ {inner}⟩ "
+        idle = words == 1 or product and before != "/" and not (after == "/" and "/" in inner)
+    return inner if idle else f"⟨ {inner}⟩ "
 
 
 def fold(tokens: str) -> str:
@@ -670,10 +671,10 @@ def parse_unit(text: str, one: bool) -> list[set[str]] | None:
     unit = []
     for place, part in enumerate(map(str.strip, text.split("/"))):
         names, noun = list(map(unit_names, part.split())), COUNTED.fullmatch(part)
-        if not all(names) or not names and place:
-            if not noun or not (one or place or PLURAL.search(noun[1])):
-                return None
+        if noun and not all(names) and (one or place or PLURAL.search(noun[1])):
             names = [{part}]
+        if not all(names) or not names and place:
+            return None
         unit += [{"/"}] * (place > 0) + names
     return unit
 
@@ -690,15 +691,16 @@ def parse(text: str) -> tuple[str, list[set[str]], tuple | str]:
     if not m:
         return (point[1] or "", [], point[2]) if point else ("", [], tokens)
     name, sign, money, inner_sign, _, whole, above, below, times, scale, unit = (part.strip() for part in m.groups(""))
-    square, defined = Fraction(SCALES.get(scale, 1) ** 2), not (sign and inner_sign)
+    square, defined = Fraction(1), not (sign and inner_sign)
     for product, direction in ((above, 1), (below, -1), (times, 1)):
         for root, number, exponent in FACTOR.findall(product):
             factor, power = Fraction(root or number), int(exponent or 1) * (1 if root else 2) * direction
             defined = defined and (factor > 0 or power > 0)
             square *= factor ** power if defined else 1
-    if whole and defined:
-        square = (Fraction(above) / Fraction(below) + int(whole)) ** 2
-        defined = square < (int(whole) + 1) ** 2  # 1 3/2 is no number
+    if whole:  # 1 1/2, but not 1 3/2
+        defined = defined and square < 1
+        square = (Fraction(above) / Fraction(below) + int(whole)) ** 2 if defined else 1
+    square *= SCALES.get(scale, 1) ** 2
     meaning = parse_unit(f"{money} {unit}".strip(), square <= 1)
     if not defined or meaning is None or money and not re.match("$|per |/ ", unit):
         return "", [], tokens

@@ -519,6 +519,7 @@ v_{0} = 9 | v_0 = 9 ;; \lambda = 2 | 2 ;; (3√5)/4 | \frac{3\sqrt{5}}{4} ;; -(3
 1∶10 | 1 : 10 ;; \textstyle \frac{3}{5} | 3/5 ;; {\rm 48} | 48 ;; \mathbf{9} | 9 ;; \large 12 | 12 ;; \mathbb{R} | ℝ
 A(4, -1) | (4, -1) ;; Q(0,5) | (0, 5) ;; B = (1, 2) | (1, 2) ;; x^{2} | x^2 ;; 3^{k} | 3^k ;; a_{n} | a_n
 {x} + 1 | x+1
+1 1/2 million | 1.5 million ;; \frac\pi4 | π/4 ;; 10^{(-2)} | 0.01
 """)
 DIFFERENT = pairs(r"""
 -5 | 5 ;; −5 | 5 ;; 56 | 5 ;; 15 | 5 ;; 0 | 5 ;; 1,234 | 1.234 ;; 0.5 | 50 ;; 5% | 50% ;; \frac{1}{0} | 5 ;; 1½ | 5.5
@@ -601,12 +602,10 @@ OPTIONS = [  # options, truth, right answers, wrong answers
     (["A. Yes", "B. No"], "A", ["yes", "Yes.", "A. Yes"], ["No", "B", "A. No", "yes and no"]),
     (["Yes", "No"], "Yes", ["A", "YES"], ["no", "B"]), (["(A) 40", "(B) 60"], "60", ["B", "(B)"], ["A", "40"]),
     (["c. 1", "a. 2", "b. 3"], "A", ["a", "2", "A. 2"], ["1", "3", "C"]), (["A", "B", "C"], "B", ["(B)"], ["A", "C"]),
-    (["a.m.", "p.m."], "p.m.", ["B", "P.M."], ["A", "a.m.", "p"]),
-    (BLOOD, "AB", ["AB", "D"], ["A", "B", "A,B"]),
+    (["a.m.", "p.m."], "p.m.", ["B", "P.M."], ["A", "a.m.", "p"]), (BLOOD, "AB", ["AB", "D"], ["A", "B", "A,B"]),
     (BLOOD, "A", ["A"], ["O", "B"]),  # the text of an option wins over a letter that is not shown
     (["A. C", "B. D", "C. A", "D. B"], "C", ["C", "C. A"], ["A", "A. C", "D"]),  # and a shown letter wins over a text
-    (["A. 5", "B. 5"], "A", ["A", "A. 5"], ["5", "B"]),
-    (["A. 60", "B. -60"], "A", ["A. 60"], ["A. -60", "A -60", "-60"]),
+    (["A. 5", "B. 5"], "A", ["A", "A. 5"], ["5", "B"]), (["A. 60", "B. -60"], "A", ["A. 60"], ["A. -60", "A -60"]),
     (["A. cats and dogs", "B. cats", "C. dogs"], "A", ["cats and dogs"], ["cats", "B and C"]),
     ([], "B", ["b", "(B)"], ["A", "B or C", "BC"]), ([], "Z", ["Z"], ["Y"]),
     ([r"A. $\frac{1}{3}$", r"B. $\frac{1}{2}$"], "B", ["1/2", r"\frac12"], ["1/3", "0.3"]),
@@ -624,8 +623,7 @@ def test_options():
 MANY = " ".join(f"w{i}" for i in range(1500))
 GRADED = [  # problem type, answer, truth, lowest and highest reward
     ("OCR", " Hello\nWorld \n", "Hello World", 1, 1), ("OCR", "Hello World", "<answer>Hello\nWorld</answer>", 1, 1),
-    ("OCR", "STOP SIGN AHEAD NOW", "STOP SIGN AHEAD NOTE", 0.75, 0.7789),
-    ("OCR", "STOP SIGN", "STOP SIGN AHEAD NOW", 0.5, 0.6066), ("OCR", "x y z", "a b c", 0, 0.368),
+    ("OCR", "STOP SIGN AHEAD NOW", "STOP SIGN AHEAD NOTE", 0.75, 0.7789), ("OCR", "x y z", "a b c", 0, 0.368),
     ("OCR", "stop", "STOP", 0.3678, 0.3679), ("OCR", "a\t b\n", "a b", 1, 1), ("OCR", "$5.99", "$5.99", 1, 1),
     ("free-form", "A red\ncar.", "a red car", 1, 1), ("text", "red", "blue", 0, 0),
     ("free-form", "man bites dog", "dog bites man", 0.4244, 0.4644), ("text", "🎉", "a party", 0, 0),
@@ -677,26 +675,23 @@ def test_shared_cases():
         got = graded(case["prediction"], case["truth"], case["type"], case.get("options", []))
         strict += [case["id"]] * (got < low - 1e-6)
         generous += [case["id"]] * (got > high + 1e-6)
-    assert generous == [] and len(strict) <= 0.05 * len(cases)
+    assert generous == [] and len(strict) <= 0.02 * len(cases)
 
 
 RIGHT_FORMAT = [
     "<think>a</think><answer>5</answer>", "<think></think><answer>5</answer>",
     "<think>a</think> or rather <think>b</think><answer> 5 </answer>",
     "\n<think>\nA\n</think>\n\n<answer>\n5\n</answer> \n",
-    "<think>maybe <answer>4</answer> no</think><answer>5</answer>",]  # the last counts, not the draft
+    "<think>maybe <answer>4</answer> no</think><answer>5</answer>"]  # the last counts, not the draft
 WRONG_FORMAT = [
-    "", "5", "<answer>5</answer>", "a</think><answer>5</answer>", "<think>a<answer>5</answer>", "<think>a</think>5",
-    "<think>a</think><answer>5", "<think>a</think>5</answer>", "<think>a</think></answer>5<answer>",
-    "<think>a</think><answer>5</answer><answer>5</answer>", "<think>a</think><answer><answer>5</answer></answer>",
-    "<think>a</think><answer>5<think></answer>", "x<think>a</think><answer>5</answer>",
-    "<think>a</think>so<answer>5</answer>", "<think>a</think><answer>5</answer>.",
-    "<think>a</think><answer>5</answer><think>b</think>", "<THINK>a</THINK><ANSWER>5</ANSWER>",
-    "<think>a</think>< answer >5</ answer >", "<answer>5</answer><think>a</think>",
-    "<think>a</think><answer><answer>5</answer>", "<think>a</think><answer>5</answer></answer>",
-    "<think>a</think><answer>5</think></answer>",
-    "</think><answer>" * 1500, "<think>" + "</think><answer>" * 6000 + "</answer>.",
-    " " * 100000, "<think>" + "<answer>" * 12000 + "</answer>"]
+    "", "5", "<answer>5</answer>", "a</think><answer>5</answer>", "<think>a<answer>5</answer>", " " * 100000,
+    "x<think>a</think><answer>5</answer>", "<answer>5</answer><think>a</think>", "<THINK>a</THINK><ANSWER>5</ANSWER>",
+    *["<think>a</think>" + rest for rest in (
+        "5", "<answer>5", "5</answer>", "</answer>5<answer>", "so<answer>5</answer>", "<answer>5</answer>.",
+        "<answer>5</answer><answer>5</answer>", "<answer><answer>5</answer></answer>", "<answer>5<think></answer>",
+        "<answer>5</answer><think>b</think>", "< answer >5</ answer >", "<answer><answer>5</answer>",
+        "<answer>5</answer></answer>", "<answer>5</think></answer>")],
+    "</think><answer>" * 1500, "<think>" + "</think><answer>" * 6000 + "</answer>.", "<think>" + "<answer>" * 12000]
 
 
 def test_format():
