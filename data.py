@@ -605,7 +605,7 @@ def _bracket(m: re.Match) -> str:
     elif before == after == " ":
         idle = not re.search("[,;]", inner)
     else:
-        idle = words == 1 or product and before != "/" and not (after == "/" and "/" in inner)
+        idle = words == 1 or product and before != "/"
     return inner if idle else f"⟨ {inner}⟩ "
 
 
@@ -625,9 +625,9 @@ NAME = r"(?:m )?((?:[∠△Δ] )?W(?: [∠△] W| \d+| _ \w+|(?: _)? \( (?:[∠�
 MONEY = r"[A-Za-z]{0,2}[$£¥₠-⃀]|usd|eur|gbp|jpy|cny|rmb|inr|krw|[Rr]s"
 DECIMAL, POWER, TIMES = r"\d*\.?\d+(?:[eE][+-]?\d+)? ", r"\^ -?\d{1,3} ", r"(?:(?:\* )?(?:√ \d+|π) ){0,2}"
 VALUE = re.compile(  # x = -$1.5 * 10^3, 2^10, 1 1/2, 2√3, √3/2, (2/3)π, 1/(2π), then a unit
-    rf"(?:{NAME})?([+-] )?(?:({MONEY}) (?:\. )?)?([+-] )?(\( )?(?=[\d.√π])(?:(\d+) (?=\d+ / \d+ (?![√π])))?"
+    rf"(?:{NAME})?([+-] )?(?:({MONEY}) (?:\. )?)?([+-] )?(\( )?(?=[\d.√π])(?:(\d+) (?=\d+ / \d))?"
     rf"((?:[1-9]\d{{0,3}} {POWER}|{DECIMAL}(?:[*x] 10 {POWER})?)?{TIMES})"
-    rf"(?:/ (\( (?=[\d.√π])(?:{DECIMAL})?{TIMES}\) |(?:{DECIMAL}|√ \d+ |π )(?![√π])))?(?(5)\) ({TIMES}))"
+    rf"(?:/ (\( (?=[\d.√π])(?:{DECIMAL})?{TIMES}\) |{DECIMAL}|√ \d+ |π ))?(?(5)\) ({TIMES}))"
     rf"(?:({'|'.join(SCALES)}) )?(.*)")
 FACTOR = re.compile(r"√ (\d+)|(\d*\.?\d\S*)(?: \^ (-?\d+))?")
 POINT = re.compile(r"(?:([A-Z](?: ')?) (?:= )?)?(\( .* , .* \))")

@@ -519,7 +519,7 @@ v_{0} = 9 | v_0 = 9 ;; \lambda = 2 | 2 ;; (3√5)/4 | \frac{3\sqrt{5}}{4} ;; -(3
 1∶10 | 1 : 10 ;; \textstyle \frac{3}{5} | 3/5 ;; {\rm 48} | 48 ;; \mathbf{9} | 9 ;; \large 12 | 12 ;; \mathbb{R} | ℝ
 A(4, -1) | (4, -1) ;; Q(0,5) | (0, 5) ;; B = (1, 2) | (1, 2) ;; x^{2} | x^2 ;; 3^{k} | 3^k ;; a_{n} | a_n
 {x} + 1 | x+1
-1 1/2 million | 1.5 million ;; \frac\pi4 | π/4 ;; 10^{(-2)} | 0.01
+1 1/2 million | 1.5 million ;; \frac\pi4 | π/4 ;; 10^{(-2)} | 0.01 ;; 8 - x | 8-x
 """)
 DIFFERENT = pairs(r"""
 -5 | 5 ;; −5 | 5 ;; 56 | 5 ;; 15 | 5 ;; 0 | 5 ;; 1,234 | 1.234 ;; 0.5 | 50 ;; 5% | 50% ;; \frac{1}{0} | 5 ;; 1½ | 5.5
@@ -554,7 +554,7 @@ None | 0 ;; N/A | 5 ;; ... | 5 ;; - | 5 ;; / | 0.5 ;; $9^{9^{9^{9}}}$ | 2.5 ;; 1
 6 cookies per child | 6 cookies per adult ;; $4 per day | €4 per day ;; 14 per cent | 14 per day ;; 2 gross | 2
 1 more | 1 ;; 6 times | 6 ;; 5 hundreds | 5 ;; 1 third | 1 ;; 7 or so | 7 ;; 4 squared | 4 ;; £9 | 9 lb ;; 3 lb | £3
 5 pounds | 5 kg ;; 4 and 5 | 4 ;; 4 or 5 | 4, 5 ;; 1, 2, and 3 | 1, 2, 4 ;; A(4, 1) | B(4, 1) ;; A(1, 4) | (4, 1)
-f(2) | 2 ;; 1 2/3π | 5
+f(2) | 2 ;; 1 2/3π | 5 ;; 2(1/2) | 2.5 ;; 6/(2x) | 6/2x ;; (x+2)/5 | x+2/5
 """)
 
 
@@ -602,7 +602,8 @@ OPTIONS = [  # options, truth, right answers, wrong answers
     (["A. Yes", "B. No"], "A", ["yes", "Yes.", "A. Yes"], ["No", "B", "A. No", "yes and no"]),
     (["Yes", "No"], "Yes", ["A", "YES"], ["no", "B"]), (["(A) 40", "(B) 60"], "60", ["B", "(B)"], ["A", "40"]),
     (["c. 1", "a. 2", "b. 3"], "A", ["a", "2", "A. 2"], ["1", "3", "C"]), (["A", "B", "C"], "B", ["(B)"], ["A", "C"]),
-    (["a.m.", "p.m."], "p.m.", ["B", "P.M."], ["A", "a.m.", "p"]), (BLOOD, "AB", ["AB", "D"], ["A", "B", "A,B"]),
+    (["a.m.", "p.m."], "p.m.", ["B", "P.M."], ["A", "a.m.", "p"]), (BLOOD, "AB", ["AB", "D"], ["A", "A,B"]),
+    (["A, B", "B, C"], "B", ["B"], ["A", "C"]),
     (BLOOD, "A", ["A"], ["O", "B"]),  # the text of an option wins over a letter that is not shown
     (["A. C", "B. D", "C. A", "D. B"], "C", ["C", "C. A"], ["A", "A. C", "D"]),  # and a shown letter wins over a text
     (["A. 5", "B. 5"], "A", ["A", "A. 5"], ["5", "B"]), (["A. 60", "B. -60"], "A", ["A. 60"], ["A. -60", "A -60"]),
