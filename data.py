@@ -564,9 +564,9 @@ def adapter_keys(name):
 
 # ---------------------------------------------------------------- text measures
 
-# A number or an option is read into tokens once: numbers, names, signs, units, brackets, in one spelling for what
-# Unicode, LaTeX and Markdown write in many (`read`), and without what makes no difference (`fold`): sloppy capitals,
-# brackets that only group. Then numbers compare as numbers, all else as tokens. Tokens are text with spaces between.
+# A number or an option is read into tokens once (`read`): numbers, names, signs, units, brackets, in one spelling for
+# what Unicode, LaTeX and Markdown write in many; then (`fold`) without sloppy capitals and brackets that only group.
+# Numbers compare as numbers, all else as tokens: text with spaces between.
 
 LONGEST = 400  # characters; a longer text is no number: its tokens are its words, and no pattern below sees it
 UNSEEN = re.compile("[\xad\u034f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
@@ -574,38 +574,25 @@ SAME_SIGN = str.maketrans("−–—‐‒―⁄∕∶×·⋅∙٫٬،。٪º˚�
 FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": r"\frac{%s}"}  # NFKC alone: ³ is 3, ₂ is 2, 1½ is 11/2
 GREEK = {unicodedata.name(chr(i)).split()[-1].lower().replace("lamda", "lambda"): chr(i) for i in range(0x3b1, 0x3ca)}
 SIGNS = GREEK | {name.capitalize(): letter.upper() for name, letter in GREEK.items()} | {
-    "frac": r"\frac", "font": r"\font"} | {name[:-1]: name[-1] for name in r"""times* cdot* ast* div÷ pm± mp∓ le≤ leq≤
-    ge≥ geq≥ ne≠ neq≠ lt< gt> approx≈ sim~ equiv≡ cong≅ infty∞ angle∠ triangle△ circ° degree° prime' parallel∥ perp⊥ in∈
-    notin∉ cup∪ cap∩ subset⊂ subseteq⊆ emptyset∅ to→ rightarrow→ leftarrow← uparrow↑ downarrow↓ colon: {⦃ }⦄ varphiφ
-    varepsilonε sqrt√""".split()}
+    name[:-1]: name[-1] for name in """times* cdot* ast* div÷ pm± mp∓ le≤ leq≤ ge≥ geq≥ ne≠ neq≠ lt< gt> approx≈ sim~
+    infty∞ angle∠ triangle△ circ° degree° prime' parallel∥ perp⊥ in∈ notin∉ cup∪ cap∩ subset⊂ emptyset∅ to→ rightarrow→
+    leftarrow← uparrow↑ downarrow↓ colon: {⦃ }⦄ sqrt√""".split()}
 SAME_WORD = GREEK | {"sqrt": "√", "''": '"', "<=": "≤", ">=": "≥", "!=": "≠", "- ": "–"}  # –: a dash between spaces
-SAME_LATEX = [(re.compile(pattern), plainer) for pattern, plainer in [
+LATEX = [(re.compile(pattern), plainer) for pattern, plainer in [
     (r"(?<!\\)\$([^$]*)\$", r" \1 "), (r"\{,\}|,\\! ?", ","), (r"\\!|`", ""),  # $5$, $$5$$; a lone $ is money
-    (r"\\[dtc]frac", r"\\frac"), (r"\\(?:boxed|fbox|mbox|(?:text|math)[a-z]*|operatorname|emph|rm|bf|it|sf|displaystyle"
-                                  r"|left|right|[bB]igg?|small|large)(?![a-zA-Z])", r"\\font"),
-    (r"\\[,;: ()\[\]\\]|\\q?quad(?![a-z])|(?<=\S)~", " "),
-    (r"\^ ?(?:\{ ?((?:\\circ|\\degree|\\prime|[°'])+) ?\}|(?=\\circ|\\degree|\\prime|[°']))", r"\1 "),
+    (r"\\[,;: ()\[\]\\]|\\q?quad(?![a-z])|(?<=\S)~", " "), (r"\\[dtc]?frac *", "⁄"),
+    (r"\\(?:boxed|[fm]box|(?:text|math)[a-z]*|operatorname|emph|rm|bf|it|sf|displaystyle|left|right|[bB]ig|small|large)"
+     r"(?![a-zA-Z]) *", "⌑"), (r"\\([a-zA-Z]+|\S)", lambda m: SIGNS.get(m[1], m[1])), (r" *([{}]) *", r"\1"),
     (r"(?<![^\s(\[])\*{1,3}(?=\S)|(?<=\S)(?:\*{2,3}(?!\w)|\*$)", "")]]  # **bold**, *italic*
+GROUPS = [(re.compile(pattern), plainer) for pattern, plainer in [  # the innermost first; ⁄ is \frac, ⌑ a font
+    (r"⁄(\w) *(?=[\w{])", r"⁄{\1}"), (r"(⁄\{[^{}]*\})(\w)", r"\1{\2}"), (r"(\d) *⁄\{(\d+)\}\{(\d+)\}", r"\1 \2/\3 "),
+    (r"⁄\{([^{}]*)\}\{([^{}]*)\}", r" ((\1)/(\2)) "), (r"([_^√]) *\{([^{}]*)\}", r"\1(\2) "),
+    (r"⌑\{([^{}]*)\}|(?<![⁄}])\{([^{},]*)\}", r" \1\2 "), (r"(?<![⁄}⌑])\{([^{}]*)\}", r"⦃\1⦄")]]
 ANSWER_IS = re.compile(r"^(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:(?:final|correct|right|best) )*"
                        r"(?:(?:answer|option|choice)s? ?(?:is\b:?|[:=])|(?:option|choice)s?(?= )) ?|^答案[是为]?:? ?", re.I)
-DIGITS = r"(?:(?<![(\[,])(?<!\\\{)[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+"
-TOKEN = re.compile(r"\\[a-zA-Z]+|\\\S|(?<=frac)\d|(?<=frac )\d|(?<=frac\d)\d|(?<=frac \d)\d|"                # \frac12
-                   rf"(?:{DIGITS})(?:[eE][+-]?\d{{1,3}}(?!\d))?|(?<= )- |[A-Z]{{0,2}}\$|''|[<>!]=|"
+DIGITS = r"(?:(?<![(\[,⦃])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+"
+TOKEN = re.compile(rf"(?:{DIGITS})(?:[eE][+-]?\d{{1,3}}(?!\d))?|(?<= )- |[A-Z]{{0,2}}\$|''|[<>!]=|"
                    r"(?:[a-z](?:\.[a-z])+|[A-Z](?:\.[A-Z])+)\b|W(?:'W)*|\S".replace("W", r"[^\W\d_Α-Ψα-λν-ω]+"))
-GROUPS = [(re.compile(pattern), plainer) for pattern, plainer in [  # LaTeX's, the innermost first
-    (r"\\frac (?!\{)(\S+) ", r"\\frac { \1 } "), (r"(\\frac \{ [^{}]*\} )(?!\{)(\S+) ", r"\1{ \2 } "),
-    (r"(\d+ )\\frac \{ (\d+ )\} \{ (\d+ )\} ", r"\1\2/ \3"),
-    (r"\\frac \{ ([^{}]*)\} \{ ([^{}]*)\} ", r"( ( \1) / ( \2) ) "), (r"([_^√] )\{ ([^{}]*)\} ", r"\1( \2) "),
-    (r"(?<!\\frac )(?<!\} )\{ ([^{},]*)\} ", r"\1"), (r"\\font \{ ([^{}]*)\} ", r"\1"),
-    (r"(?<!\\f... )(?<!\} )\{ ([^{},]*,[^{}]*)\} ", r"⦃ \1⦄ "), (r"\\font (?!\{)", "")]]
-SHORT_WORDS = set("am pm no ok up in on at to of or is it as by do go he if me my us be we so an".split())
-IDLE = [(re.compile(pattern), plainer) for pattern, plainer in [                                             # brackets
-    (r"(?<!\S)(?:and|[&,、])(?: (?:and|[&,、]))*(?!\S)", ","), ("–", "-"), (r"(?<!\S)A (?=[^\W\d_]{3})", "a "),
-    (r"^([A-Z]) = (?=\()", r"\1 "), (r"([_^√]) \( (\S+) \)", r"\1 \2"), (r"\^ \( ([+-] \S+) \)", r"^ \1"),   # 10^(-5)
-    (r"""(?<![\w)\]'"°∞] )\( (\S+) \)(?! [\w(√^_])""", r"\1"),                                               # (5)
-    (r"""(?<![\w)\]'"°∞/_^√] )\( ([^()+=<>≤≥≠≈,:;±∓÷→-]*) \)(?! [\w(√^_/])""", r"\1"),                       # -(1/2)
-    (r"""(?<![\w)\]'"°∞/_^√] )\( ((?:- )?[^()+=<>≤≥≠≈,:;±∓÷→/-]*) \)(?= /)""", r"\1"),                       # (2x)/3
-    (r"^\( ((?:[^(),;]|\([^()]*\))*) \)$", r"\1"), (r"^\[ ([^()\[\],;]*) \]$", r"\1")]]
 
 
 def visible(text: str) -> str:
@@ -622,17 +609,16 @@ def read(text: str) -> str:
     if len(text) > LONGEST or len(plain) > 2 * LONGEST:
         return " ".join(re.findall(r"\w+|[^\w\s]", text.lower().strip(" .")))
     text = visible("".join(str(unicodedata.decimal(c, c)) for c in plain.translate(SAME_SIGN)))  # ٥ is 5
-    for pattern, plainer in SAME_LATEX:
+    for pattern, plainer in LATEX + GROUPS * min(12, text.count("{") + text.count("frac")):
         text = pattern.sub(plainer, text)
-    text = " ".join(text.split())
+    text = " ".join(text.replace("⌑", "").split())
     for _ in range(4):  # wrappers come in wrappers: **"5"**
         text = ANSWER_IS.sub("", re.sub(r"(?<=[^.])\.$", "", text.strip(" _")))
         text = text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'" else text
-    text = "".join((SIGNS.get(token[1:], token[1:]) if token[0] == "\\" and token[1:] else SAME_WORD.get(
-        token, token.replace(" ", "").replace(",", "") or ",")) + " " for token in TOKEN.findall(text))
-    for pattern, plainer in GROUPS * min(12, text.count("{") + text.count(r"\f")):
-        text = pattern.sub(plainer, text)
-    return text.strip()
+    return " ".join(SAME_WORD.get(token, re.sub("[ ,]", "", token) or ",") for token in TOKEN.findall(text))
+
+
+SHORT_WORDS = set("am pm no ok up in on at to of or is it as by do go he if me my us be we so an".split())
 
 
 def _plain_word(m: re.Match) -> str:
@@ -640,61 +626,72 @@ def _plain_word(m: re.Match) -> str:
     return word if word in SHORT_WORDS or len(word) > 2 and plain and m[0] not in UNITS else m[0]
 
 
-@functools.lru_cache(512)
+def _bracket(m: re.Match) -> str:
+    """A pair of brackets, left out where it only groups: (5), -(1/2), (2x)/3, 10^(-5); but not 2(3), (x+2)/5, f(2)."""
+    before, inner, after = m.string[m.start() - 2], m[1], m.string[m.end()]
+    words, product = len(inner.split()), not re.search("[+=<>≤≥≠≈,:;±∓÷→-]", inner.removeprefix("- "))
+    if before in "^_√":
+        idle = words == 1 + (inner[0] in "+-")
+    elif re.match(r"""[\w)\]'"°∞⟩]""", before) or re.match(r"[\w(⟨√^_]", after):
+        idle = False
+    elif before == after == " ":
+        idle = not re.search("[,;]", inner)
+    else:
+        idle = words == 1 or product and before != "/"
+    return inner if idle else f"⟨ {inner}⟩ "
+
+
 def fold(tokens: str) -> str:
-    """Tokens without what makes no difference: capitals of plain words, 'and' in a list, idle brackets."""
-    if len(tokens) > 4 * LONGEST:
-        return tokens
-    tokens = re.sub(r"(?<!\S)[^\W\d_]\S*", _plain_word, tokens)
-    for pattern, plainer in IDLE * 4:  # brackets in brackets
-        tokens = pattern.sub(plainer, tokens)
-    return tokens
+    """Tokens without what makes no difference: capitals of plain words, 'and' in a list, brackets that only group."""
+    tokens = re.sub(r"(?<!\S)[^\W\d_]\S*", _plain_word, re.sub(r"(?<!\S)A (?=[^\W\d_]{3})", "a ", tokens))
+    tokens = re.sub(r"(?<!\S)(?:and|[&,、])(?: (?:and|[&,、]))*(?!\S)", ",", tokens).replace("–", "-")
+    tokens, found = f"  {tokens}  ", 1
+    while found:  # the innermost first
+        tokens, found = re.subn(r"(?<= )\( ([^()]+ )\) ", _bracket, tokens)
+    return re.sub(r"\^ (?=[°'])", "", tokens).replace("⟨", "(").replace("⟩", ")").replace("^ - ", "^ -").strip()
 
 
 SCALES = {"hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
-NAME = r"(?:m )?((?:[∠△Δ] )?W(?: [∠△] W)?(?: N)?(?: _ (?:W|N|\( (?:[∠△] )?W \)))?(?: ['\"])*(?: \( \w+ \))?|∠ N) = "
-NAME = NAME.replace("W", r"[^\W\d_π]+").replace("N", r"\d+")
+NAME = r"(?:m )?((?:[∠△Δ] )?W(?: [∠△] W| \d+| _ \w+|(?: _)? \( (?:[∠△] )?\w+ \)| ['\"])*|∠ \d+) = ".replace(
+    "W", r"[^\W\d_π]+")
 MONEY = r"[A-Za-z]{0,2}[$£¥₠-⃀]|usd|eur|gbp|jpy|cny|rmb|inr|krw|[Rr]s"
-DECIMAL, POWER = r"\d*\.?\d+(?:[eE][+-]?\d+)?", r"\^ ((?:[+-] )?\d{1,3})"
-VALUE = re.compile(
-    rf"(?:{NAME})?([+-] )?(?:({MONEY}) (?:\. )?)?([+-] )?(\( )?(?=[\d.√π])(?:(\d+) (?=\d+ / \d))?"  # x = -$1 1/2
-    rf"(?:([1-9]\d{{0,3}}) {POWER} |({DECIMAL}) (?:[*x] 10 {POWER} )?)?(?:\* )?(?:√ (\d+) )?(?:\* )?(π )?"  # 2^10, 2√3
-    rf"(?:/ (\( )?(?=[\d.√π])(?:({DECIMAL}) )?(?:\* )?(?:√ (\d+) )?(π )?(?(13)\) ))?"  # /4, /(2π)
-    rf"(?(5)\) )(?:√ (\d+) )?(π )?(?:({'|'.join(SCALES)}) )?(.*)")
-SI = ("m meter metre 米|g gram gramme 克|s second sec|L l liter litre 升|W watt|V volt|A amp ampere|J joule|N newton|bar"
+DECIMAL, POWER, TIMES = r"\d*\.?\d+(?:[eE][+-]?\d+)? ", r"\^ -?\d{1,3} ", r"(?:(?:\* )?(?:√ \d+|π) ){0,2}"
+VALUE = re.compile(  # x = -$1.5 * 10^3, 2^10, 1 1/2, 2√3, √3/2, (2/3)π, 1/(2π), then a unit
+    rf"(?:{NAME})?([+-] )?(?:({MONEY}) (?:\. )?)?([+-] )?(\( )?(?=[\d.√π])(?:(\d+) (?=\d+ / \d))?"
+    rf"((?:[1-9]\d{{0,3}} {POWER}|{DECIMAL}(?:[*x] 10 {POWER})?)?{TIMES})"
+    rf"(?:/ (\( (?=[\d.√π])(?:{DECIMAL})?{TIMES}\) |{DECIMAL}|√ \d+ |π ))?(?(5)\) ({TIMES}))"
+    rf"(?:({'|'.join(SCALES)}) )?(.*)")
+FACTOR = re.compile(r"√ (\d+)|(\d*\.?\d\S*)(?: \^ (-?\d+))?")
+POINT = re.compile(r"(?:([A-Z](?: ')?) (?:= )?)?(\( .* , .* \))")
+UNITS = {}  # what a spelling may mean, as a pound is lb or £
+SI = ("m meter metre 米|g gram 克|s second sec|L l liter litre 升|W watt|V volt|A amp ampere|J joule|N newton|bar"
       "|Pa pascal|Hz hertz|eV|mol mole|Ω ohm|cal calorie|Wh|K kelvin|C coulomb|F farad|T tesla|B byte").split("|")
 PREFIXES = "k kilo 千|M mega|G giga|T tera|P peta|m milli 毫|c centi 厘|d deci|μ micro u|n nano|p pico|h hecto".split("|")
 OTHERS = ("% percent pct|° degree deg 度|°C °c °celsius|°F °f °fahrenheit|mi mile|in inch inches \"|ft foot feet '"
-          "|yd yard|lb pound|oz ounce|t ton tonne|min minute|h hr hour|day|week|month|year yr 岁|km 公里|kg 公斤|cup|rad"
-          "|radian|unit|个|人|¢ cent|$ dollar usd US$|€ euro eur|£ pound gbp|yen jpy 円 ¥|yuan 元 cny rmb ¥|₹ rupee rs inr"
+          "|yd yard|lb pound|oz ounce|t ton tonne|min minute|h H hr hour|year yr 岁|km 公里|kg 公斤|rad radian|day|week"
+          "|month|个|人|¢ cent|$ dollar usd US$|€ euro eur|£ pound gbp|yen jpy 円 ¥|yuan 元 cny rmb ¥|₹ rupee rs inr"
           "|₩ won krw")
-UNITS, SLOPPY = {}, {}  # what a spelling may mean, as a pound is lb or £; the same by small letters
 for group in [names.split() for names in OTHERS.split("|") + SI] + [
         [start + name for start in prefix.split() for name in names.split() if (len(start) > 2) == (len(name) > 3)]
         for prefix in PREFIXES for names in SI]:
     for form in group + [name + "s" for name in group if len(name) > 1]:
         UNITS.setdefault(form, set()).add(group[0])
-        SLOPPY.setdefault(form.lower(), set()).add(group[0])
-COUNTED = re.compile(r"(?:W )?(W)(?: of W(?: W)?)?".replace("W", r"[^\W\d_]{3,}"))  # 3 red cubes, 2 rolls of tape
-PLURAL = re.compile(r"\w{2}[^\Ws]s$|^(?:people|men|women|children|mice|geese|teeth|feet|fish|sheep|deer|dice)$")
-NOT_COUNTED = re.compile(
-    r"\b(?:(?:less|minus|plus|this|perhaps|always|and|not|than|from|are|about|half|halves|third|quarter|ten|dozen|pair"
-    r"|couple|score|mln|lakh|crore|gross|time|more|fewer|maybe|over|under|out|other|each|point|fold|hundred|thousand"
-    r"|[mbtr]+illion)s?|\w*(?:four|fif|six|seven|eigh|nin|ten|twelf|teen|tie|hundred|sand|illion)ths?|\w+ly)\b")
+NUMERAL = (r"(?:less|minus|plus|not|about|hal(?:f|ve)|third|quarter|ten|dozen|pair|couple|gross|lakh|time|more|fewer"
+           r"|hundred|thousand|[mbtr]+illion|\w*(?:[fnrx]|igh|ie|d)th)s?\b")  # sevenths aren't counted
+COUNTED = re.compile(rf"(?!(?:\w+ )?{NUMERAL})(?:W )?(W)(?: of W(?: W)?)?".replace("W", r"[^\W\d_]{3,}"))
+PLURAL = re.compile(r"\w{2}[^\Ws]s$|^(?:people|\w*men|children|mice|geese|teeth|feet|fish|sheep|deer)$")
 SAME_UNIT = [(re.compile(pattern), plainer) for pattern, plainer in [
-    (r"\b(?:square|sq(?: \.)?) ([^\W\d_]+)", r"\1^2"), (r"\bcubic ([^\W\d_]+)", r"\1^3"), (r" squared\b", "^2"),
-    (r" cubed\b", "^3"), (r"(?:\* )?([^\W\d_]+) \^ - (?=\d)", r"/ \1^"), (r" \^ (?=\d)", "^"),
-    (r"(?<=[^\W\d_]) (?=[23]\b)", "^"), (r"\bper cent\b", "%"), (r"\bper\b", "/"), (r"[*()] ?", ""),
-    (r"\bmph\b", "mi / h"), (r"(?:\bdegrees?|°) (?=[cCfF]\b|celsius|fahrenheit)", "°"), (r"\bk(?:p|m)h\b", "km / h"),
-    (r" (?:old|tall|long|wide|high|deep|thick)$", "")]]
+    (r"\b(?:square|sq(?: \.)?) (\w+)|\b(\w+) squared\b", r"\1\2^2"), (r"\bcubic (\w+)|\b(\w+) cubed\b", r"\1\2^3"),
+    (r"(?:\* )?([^\W\d_]+) \^ -(?=\d)", r"/ \1^"), (r"(?<=[^\W\d_]) (?:\^ )?(?=[23]\b)", "^"), (r"\bper cent\b", "%"),
+    (r"\bper\b", "/"), (r"[*()] ?", ""), (r"\bmph\b", "mi / h"),
+    (r"(?:\bdegrees?|°) (?=[cCfF]\b|celsius|fahrenheit)", "°"), (r" (?:old|tall|long|wide|high|deep|thick)$", "")]]
 
 
 def unit_names(word: str) -> set[str]:
-    """What a unit, or a power of one, may mean in any spelling; with sloppy capitals too, if they leave no doubt."""
-    name, power = re.fullmatch(r"(.*?)(\^\d)?", word).groups("")
-    sloppy = len(name) > 1 and name in (name.lower(), name.upper(), name.title()) and SLOPPY.get(name.lower())
-    money = {name} if re.fullmatch(MONEY, name) else set()
-    return {found + power for found in UNITS.get(name) or (sloppy if sloppy and len(sloppy) == 1 else money)}
+    """What a unit, or a power of one, may mean; KM is km."""
+    name, caret, power = word.partition("^")
+    found = UNITS.get(name) or UNITS.get(name.lower() * (len(name) > 1))
+    return {meaning + caret + power for meaning in found or re.findall(f"^(?:{MONEY})$", name)}
 
 
 def parse_unit(text: str, one: bool) -> list[set[str]] | None:
@@ -704,74 +701,68 @@ def parse_unit(text: str, one: bool) -> list[set[str]] | None:
     for pattern, plainer in SAME_UNIT:
         text = pattern.sub(plainer, text)
     unit = []
-    for place, part in enumerate(text.split("/")):
-        names, noun = [unit_names(word) for word in part.split()], COUNTED.fullmatch(part.strip())
+    for place, part in enumerate(map(str.strip, text.split("/"))):
+        names, noun = list(map(unit_names, part.split())), COUNTED.fullmatch(part)
+        if noun and not all(names) and (one or place or PLURAL.search(noun[1])):
+            names = [{part}]
         if not all(names) or not names and place:
-            if not noun or NOT_COUNTED.search(part) or not (one or place or PLURAL.search(noun[1])):
-                return parse_unit(text.lower(), one) if "/" in text and text.isupper() else None  # KM/H
-            names = [{part.strip()}]
+            return None
         unit += [{"/"}] * (place > 0) + names
     return unit
 
 
 @functools.lru_cache(512)
-def parse_number(tokens: str) -> tuple | None:
-    """(name, unit, number) of folded tokens, where a number is its sign, its square (a fraction even for 2√3) and its
-    power of π. Never a sum or a product."""
-    m = VALUE.fullmatch(tokens + " ") if len(tokens) <= 3 * LONGEST else None
+def parse(text: str) -> tuple[str, list[set[str]], tuple | str]:
+    """(name, unit, value) of a text; the value is a number's sign, square (a fraction even for 2√3) and power of π, or
+    else the tokens. Never a sum or a product."""
+    tokens = read(text)
+    if len(tokens) > 3 * LONGEST:
+        return "", [], tokens
+    tokens = fold(tokens)
+    m, point = VALUE.fullmatch(tokens + " "), POINT.fullmatch(tokens)
     if not m:
-        return None
-    (name, sign, money, inner_sign, _, whole, base, power, digits, ten, root, pi, grouped, below, root_below, pi_below,
-     root_after, pi_after, scale, unit) = (part.strip() for part in m.groups(""))
-    divisor, root_below = Fraction(below or 1), Fraction(root_below or 1)
-    if (sign and inner_sign) or not divisor * root_below or not grouped and sum(map(bool, m.group(14, 15, 16))) > 1:
-        return None
-    number = Fraction(digits or 1) * Fraction(base or 10) ** int((power or ten or "0").replace(" ", "")) / divisor
-    unit = "" if money and unit_names(unit) == unit_names(money) else unit  # $5 USD
-    meaning = parse_unit(f"{money} {unit}".strip(), number == 1)
-    if meaning is None or money and not re.match("$|per |/ ", unit) or whole and number >= 1:  # 1 3/2 is no number
-        return None
-    number = (number + int(whole or 0)) * SCALES.get(scale, 1)
-    square = number ** 2 * Fraction(root or 1) * Fraction(root_after or 1) / root_below  # √12 = 2√3, 1/√2 = √2/2
-    power_of_pi = bool(number) * (bool(pi) + bool(pi_after) - bool(pi_below))
-    return name, meaning, (number > 0 and "-" not in sign + inner_sign, square, power_of_pi)
-
-
-def _same(a: str, b: str) -> bool:
-    def unnamed(text: str) -> str:  # P(2, 3) is a point
-        return re.sub(r"^[A-Z] (?:' )?(?=\()", "", text) if text[-1:] == ")" and "," in text else text
-
-    a, b = fold(a), fold(b)
-    x, y = parse_number(a), parse_number(b)
-    if not x or not y:
-        return not x and not y and (a == b or unnamed(a) == b or a == unnamed(b))
-    units = not x[1] or not y[1] or len(x[1]) == len(y[1]) and all(map(set.intersection, x[1], y[1]))
-    return units and x[2] == y[2] and (x[0] == y[0] or not x[0] or not y[0])
+        return (point[1] or "", [], point[2]) if point else ("", [], tokens)
+    name, sign, money, inner_sign, _, whole, above, below, times, scale, unit = (part.strip() for part in m.groups(""))
+    square, defined = Fraction(1), not (sign and inner_sign)
+    for product, direction in ((above, 1), (below, -1), (times, 1)):
+        for root, number, exponent in FACTOR.findall(product):
+            factor, power = Fraction(root or number), int(exponent or 1) * (1 if root else 2) * direction
+            defined = defined and (factor > 0 or power > 0)
+            square *= factor ** power if defined else 1
+    if whole:  # 1 1/2, but not 1 3/2
+        defined = defined and square < 1
+        square = (Fraction(above) / Fraction(below) + int(whole)) ** 2 if defined else 1
+    square *= SCALES.get(scale, 1) ** 2
+    meaning = parse_unit(f"{money} {unit}".strip(), square <= 1)
+    if not defined or meaning is None or money and not re.match("$|per |/ ", unit):
+        return "", [], tokens
+    pi = bool(square) * (above.count("π") + times.count("π") - below.count("π"))
+    return name, meaning, (square > 0 and "-" not in sign + inner_sign, square, pi)
 
 
 def same_value(answer: str, truth: str) -> bool:
     """Equal numbers, where a name or unit that only one side states is no difference; or equal text, if neither is one:
     lists, points, ranges, ratios, times and dates. Nothing is evaluated."""
-    return _same(read(answer), read(truth))
+    (name, unit, value), (other_name, other_unit, other_value) = parse(answer), parse(truth)
+    same_unit = len(unit) == len(other_unit) and all(map(set.intersection, unit, other_unit))
+    return value == other_value and (same_unit or not (unit and other_unit)) and (
+        name == other_name or not (name and other_name))
 
 
-LABEL = re.compile(r"(?:(?:[(\[] (\w+) ([)\]])|(\w+))( [.)\]:,、–])?(?: |$))?(.*)")  # B, (B), B. 60, B (60), 2) cat
-
-
-def _labelled(tokens: str) -> tuple[str, str, str]:
-    bracketed, closing, label, separator, rest = LABEL.match(tokens).groups("")
-    return (bracketed + label).upper(), closing or separator.strip(), rest
+LABEL = re.compile(r"(?:(?:[(\[] )?(\w+)((?: [)\]])?(?: [.:,、–])?)(?: |$))?(.*)")  # B, (B), B. 60, B (60), 2) cat
 
 
 def lettered(options: Sequence[str]) -> tuple[dict[str, str], dict[str, str], bool]:
     """Texts of options by letter, the one they show or by place; letters by label, a letter or number; is any shown."""
-    labels, separators, texts = zip(*map(_labelled, map(read, options))) if options else ((), (), [""] * 26)
-    shown = "".join(sorted(labels)) in string.ascii_uppercase and len("".join(labels)) == len(options) and all(
-        separator.strip(",") or not text for separator, text in zip(separators, texts))
-    numbered = list(labels) == [str(i + 1) for i in range(len(options))] and all(s and s in ".)]、" for s in separators)
-    letters = labels if shown and options else string.ascii_uppercase[:len(texts)]
-    texts = dict(zip(letters, texts if shown or numbered else map(read, options)))
-    return texts, dict(zip(letters, letters)) | (dict(zip(labels, letters)) if numbered else {}), shown or numbered
+    whole = [read(option) for option in options] or [""] * 26
+    labels, marks, texts = zip(*[LABEL.match(tokens).groups("") for tokens in whole])
+    labels = [label.upper() for label in labels]
+    numbered = labels == [str(i + 1) for i in range(len(whole))] and all(re.match(r" [.)\]、]", mark) for mark in marks)
+    shown = len("".join(labels)) == len(whole) and "".join(sorted(labels)) in string.ascii_uppercase and not any(
+        text and mark in ("", " ,") for mark, text in zip(marks, texts))
+    letters = labels if shown else string.ascii_uppercase[:len(whole)]
+    by_label = dict(zip(letters, letters)) | (dict(zip(labels, letters)) if numbered else {})
+    return dict(zip(letters, texts if shown or numbered else whole)), by_label, shown or numbered
 
 
 def chosen_options(answer: str, options: Sequence[str]) -> frozenset[str]:
@@ -779,85 +770,67 @@ def chosen_options(answer: str, options: Sequence[str]) -> frozenset[str]:
     texts, labels, shown = lettered(options)
 
     def named(part: str) -> str | None:
-        part = re.sub("^(?:option|choice) ", "", part, flags=re.I)
-        label, _, rest = _labelled(part)
-        letter = labels.get(label)
-        if letter and (_same(rest, texts[letter]) if rest else shown or label != part.upper()):
+        label, _, rest = LABEL.match(re.sub("^(?:option|choice) ", "", part, flags=re.I)).groups("")
+        letter = labels.get(label.upper())
+        if letter and (same_value(rest, texts[letter]) if rest else shown):
             return letter  # 'B' or 'B. 60', but not 'B' with another option's text
-        for same in (str.__eq__, lambda a, b: fold(a) == fold(b), _same):  # to the letter, if options differ in case
+        for same in (str.__eq__, same_value):  # to the letter, if options differ in case
             owners = [owner for owner, text in texts.items() if text and same(text, part)]
             if owners:
                 return owners[0] if len(owners) == 1 else None
         return None if rest else letter
 
     tokens = read(answer) if len(answer) <= LONGEST + max(map(len, options), default=0) else ""
-    in_order, capitals = list(tokens) == sorted(tokens), tokens.isupper()
-    if named(tokens):
-        parts = [tokens]
-    elif tokens.isalpha() and (in_order or capitals if options else in_order and capitals):  # 'AC', but no other word
-        parts = list(tokens)
-    elif all(token.upper() in labels for token in tokens.split()):  # 'A C'
-        parts = tokens.split()
-    else:
-        parts = [*filter(None, re.split(r"(?:(?:^| )(?:and|[&,;、])(?= ))+ ", f"{tokens} "))]
-    chosen = [named(part.strip()) for part in parts] if len(parts) <= len(texts) else []
-    return frozenset(chosen) if all(chosen) and len(set(chosen)) == len(chosen) else frozenset()
+    joined = list(tokens) == sorted(tokens) or tokens.isupper() and bool(options)  # 'AC', but no other word
+    for parts in ([tokens], re.split(" (?:and|[&,;、]) (?:and )?", tokens), tokens.split(), list(tokens) * joined):
+        chosen = list(map(named, parts)) if len(parts) <= len(texts) else []
+        if chosen and all(chosen):
+            return frozenset(chosen) if len(set(chosen)) == len(chosen) else frozenset()
+    return frozenset()
 
 
-def word_places(words: list[str]) -> dict[str, int]:
-    """For each word, a number with a one in bit i if the word stands at place i."""
-    places = {}
-    for i, word in enumerate(words):
-        places[word] = places.get(word, 0) | 1 << i
-    return places
+def edits(a: list[str], b: list[str], change: int) -> int:
+    """The fewest words put in, left out or changed (which counts `change`) to make b of a: the usual table, a row for
+    each word of the shorter. From its 2,001st word on, which keeps this below 0.1 s, words compare by place."""
+    short, long = sorted((a, b), key=len)
+    late = change * sum(x != y for x, y in zip(short[:1999:-1], long[::-1]))
+    short, long = short[:2000], long[:len(long) - len(short[2000:])]
+    number = {word: i for i, word in enumerate(set(long))}
+    places, cost = np.array([number[word] for word in long], int), np.int16(change)
+    row = np.zeros(len(long) + 1, np.int16)  # edits less place, so that a word put in costs nothing
+    for word in short:
+        row[1:] = np.minimum(row[1:] + 1, row[:-1] + cost * (places != number.get(word, -1)) - 1)
+        row[0] += 1
+        np.minimum.accumulate(row, out=row)
+    return int(row[-1]) + len(long) + late
 
 
 def word_error_rate(answer: str, truth: str) -> float:
-    """Word edits that turn the answer into the truth, per word of the truth; exact up to 20 (Myers' bit vectors)."""
+    """Word edits that turn the answer into the truth, per word of the truth; exact up to 20."""
     words, target = answer.split(), truth.split()
     if len(words) > 21 * len(target):  # a loop: the surplus alone is a rate above 20, and exp(-20) is 2e-9
         return (len(words) - len(target)) / len(target)
-    places, full, edits = word_places(target), (1 << len(target)) - 1, len(target)
-    up, down = full, 0  # bit i: in this column of the edit table, row i + 1 is one more, or one less, than row i
-    for word in words:
-        here = places.get(word, 0)
-        diagonal = (((here & up) + up) ^ up) | here | down
-        right_up, right_down = down | ~(diagonal | up) & full, diagonal & up
-        edits += (right_up >> len(target) - 1) - (right_down >> len(target) - 1)
-        right_up, right_down = (right_up << 1 | 1) & full, right_down << 1 & full
-        up, down = right_down | ~(here | down | right_up) & full, right_up & (here | down)
-    return edits / len(target)
+    return edits(words, target, change=1) / len(target)
+
+
+UNSPACED = re.compile(  # the letters of Thai, Lao, Burmese, Khmer, Japanese, Chinese
+    "[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
 def rouge_words(text: str) -> list[str]:
     """Lower-case runs of letters, marks and digits; one token a character where a script has no spaces."""
-    def spaced(c: str) -> str:
-        if unicodedata.name(c, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")):
-            return f" {c} "
-        return c if unicodedata.category(c)[0] in "LMN" else " "
-
     if not text.isascii():  # one spelling of é; in short pieces, as NFC takes quadratic time on a run of accents
         text = re.sub(r"\S{1,50}", lambda m: unicodedata.normalize("NFC", m[0]), text)
     text = text.lower()
-    words = text.translate({ord(c): spaced(c) for c in set(text)}).split()
+    words = text.translate({ord(c): f" {c} " if UNSPACED.match(c) else c if unicodedata.category(c)[0] in "LMN" else " "
+                            for c in set(text)}).split()
     return words or text.split()  # a text of signs alone still equals itself
-
-
-def longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    """Its length, bit-parallel: each zero bit of `free` is one more matched place of b."""
-    places, full = word_places(b), (1 << len(b)) - 1
-    free = full
-    for word in a:
-        if word in places:
-            here = free & places[word]
-            free = (free + here | free - here) & full
-    return len(b) - free.bit_count()
 
 
 def rouge(answer: str, truth: str) -> float:
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, over those that exist: two texts of one word have no ROUGE-2."""
     a, b = rouge_words(answer), rouge_words(truth)
-    scores = [2 * longest_common_subsequence(a, b) / (len(a) + len(b))]
+    scores = [1 - edits(a, b, change=2) / (len(a) + len(b))]  # what isn't edited is common to both
     for grams_a, grams_b in [(a, b), (list(zip(a, a[1:])), list(zip(b, b[1:])))]:
         if grams_a or grams_b:
             scores.append(2 * (Counter(grams_a) & Counter(grams_b)).total() / (len(grams_a) + len(grams_b)))
