@@ -96,7 +96,7 @@ class Config:
     freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)")
     lora: int = setting(0, "rank of low-rank adapters to train instead of all weights; --lr is then 10 times as high")
     adapter: str | None = setting(None, "folder of an adapter to start from or to evaluate, from --lora or from peft")
-    offload_optimizer: bool | None = setting(None, "AdamW and its 12 bytes a weight on the host; none: on a single GPU")
+    offload_optimizer: bool | None = setting(None, "AdamW (12 bytes a weight) on the host; none: on a GPU, without LoRA")
     seed: int = setting(0, "of everything random")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     attn: Literal["auto", "sdpa", "flash_attention_2", "eager"] = setting("auto", "auto: flash-attn if it can be used")
@@ -251,12 +251,12 @@ def pad(rows, side, value=0):
 
 
 class PrefixCache:
-    """The keys and values of what a group's rows (responses to sample, to train on or to judge) begin with: picture and
-    text pass through the model once, and all rows go on from copies. Exact, since a prompt never sees what follows it.
+    """The keys and values of what a question's rows (responses to sample, to train on or to judge) begin with: picture
+    and text pass through the model once, and all rows go on from copies. Exact, since a prompt never sees what follows.
     Where the picture stands behind what differs, each row is computed by itself. Positions are always given: Qwen2.5-VL
-    otherwise takes them from state left on the model by an earlier call, or counts them in one dimension, in silence.
-    `groups`: the data.Prompts of each question's rows, N in all. B prefixes are padded on the left; owner [N] is which
-    one a row has, tails [N] what is left of its prompt, at least a token."""
+    otherwise takes them from state left by an earlier call, or counts them in one dimension, in silence. `groups`: the
+    data.Prompts of each question's rows, N in all. B prefixes are padded on the left; owner [N] is a row's prefix,
+    tails [N] what is left of its prompt, at least a token."""
 
     def __init__(self, model, groups):
         config, prefixes, owner, self.tails = model.config, [], [], []
@@ -364,8 +364,7 @@ def response_mask(ids, eos_ids):
 
 @dataclass
 class Rollout:
-    """What the policy wrote for a list of questions: N = questions x G responses, a question's side by side."""
-    examples: list
+    """What the policy wrote: N = questions x G responses, a question's side by side."""
     prompts: list  # one data.Prompt a question
     ids: torch.Tensor  # [N, R]
     mask: torch.Tensor  # [N, R]
@@ -387,7 +386,7 @@ def rollout(policy, processor, examples, group_size, config, greedy=False, logit
     texts = [processor.opening + processor.decode(row[is_token == 1], end_ids(policy))
              for row, is_token in zip(ids, mask)]
     truncated = int((~torch.isin(ids, ends).any(1)).sum())
-    return Rollout(examples, prompts, ids, mask, texts, truncated, logits, prefix if grad else None)
+    return Rollout(prompts, ids, mask, texts, truncated, logits, prefix if grad else None)
 
 
 def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
@@ -445,16 +444,10 @@ JUDGE_FORM = {"generate": JUST_THE_SCORE, "expected": JUST_THE_SCORE, "reason": 
     "steps of 0.1.")}
 TAGGED = JUST_THE_SCORE[:-1] + ", as <answer>score</answer>."
 # How the released reward model is asked, in our words: text first, the response inside it, the picture last.
-RELEASED_LAYOUT = JUDGE_PROMPT.replace("answers below are", "response below is") + """ Judge how it thinks, not \
-whether its final answer is right, and be strict: 1.0 is for thinking without a flaw, 0.0 for thinking without worth.
-
-Question: {question}
-
-Response: {response}
-
-""" + ASK
+RELEASED_LAYOUT = JUDGE_PROMPT.replace("answers below are", "response below is") + (
+    " Judge how it thinks, not whether its final answer is right, and be strict: 1.0 is for thinking without a flaw, "
+    "0.0 for thinking without worth.\n\nQuestion: {question}\n\nResponse: {response}\n\n") + ASK
 LONGEST_VERDICT = {"generate": 24, "reason": 128}  # tokens; <answer>0.7</answer> has 9
-ROWS_AT_ONCE = 64  # responses that are judged together
 SPELLINGS = {**{f"{n / 10:.1f}": n / 10 for n in range(11)}, "0": 0.0, "1": 1.0}  # what `expected` takes the mean of
 
 
@@ -467,10 +460,10 @@ def parse_score(text):
 
 class ThinkingRewardModel:
     """A frozen Qwen2.5-VL that reads picture, question and response and gives one number in [0, 1], R^t. By `mode`, it
-    writes that number (generate, the paper's way), or gives its mean over the eleven scores under its own
-    probabilities, to 0.1 (expected), or checks the claims in writing before (reason: that theirs can't is the limit
-    that the authors name). A folder that `reward_model.train` made remembers its mode, and is asked in our layout,
-    picture first; any other in that of the released one, or in `template`, a file."""
+    writes that number (generate, the paper's way), or gives its mean under its own probabilities, to 0.1 (expected), or
+    checks the claims in writing before (reason: that theirs can't is the limit that the authors name). One that
+    `reward_model.train` made remembers its mode, and is asked in our layout, picture first; any other in that of the
+    released one, or in `template`, a file."""
 
     def __init__(self, model, processor, mode=None, template=None):
         self.model, self.processor, made = model.eval().requires_grad_(False), processor, getattr(
@@ -504,7 +497,7 @@ class ThinkingRewardModel:
         if self.mode == "expected":  # to 0.1: Eq. 6 would blow noise of 0.001 up in a group that is all right
             scores = [round(self.expected(prompt), 1) for group in prompts for prompt in group]
         else:
-            at_once = max(1, ROWS_AT_ONCE // len(groups[0]))  # questions
+            at_once = max(1, 64 // len(groups[0]))  # questions
             scores = [score for first in range(0, len(prompts), at_once)
                       for score in self.written(prompts[first:first + at_once])]
         return torch.tensor(scores).view(len(examples), -1)
@@ -605,9 +598,8 @@ BF16_TOLERANCE = 0.05  # nats, mean; the toy in bf16 on a CPU has 0.009; wrong p
 
 def self_test(policy, processor, examples, config):
     """Stop before training if sampling and training disagree on the log-probabilities of sampled tokens: positions of
-    one side only, a dropped cache, a filter that one side doesn't know, stale state on the model, all show here (the
-    prompt's own computation they share; the tests check that). Returns the difference in nats: the largest in fp32, the
-    mean in bf16, where single tokens differ by rounding."""
+    one side only, a dropped cache, an unknown filter, stale state, all show here (they share the prompt's computation;
+    the tests check that). Returns the difference in nats: the largest in fp32, the mean in bf16, where tokens round."""
     short = replace(config, max_new_tokens=min(config.max_new_tokens, 64),  # [N, R, V] in fp32 is large
                     min_new_tokens=min(config.min_new_tokens, 64))
     batch = rollout(policy, processor, examples, 2, short, logits=True)
@@ -620,8 +612,7 @@ def self_test(policy, processor, examples, config):
     gap, tolerance = (gaps.max().item(), 1e-4) if exact else (gaps.mean().item(), BF16_TOLERANCE)
     if not gap <= tolerance:
         raise SystemExit(f"self-test failed: sampling and training disagree by {gap:.2g} nats a token (tolerance "
-                         f"{tolerance:.2g}): it would train on another distribution than it draws from. Check the "
-                         "versions of torch and transformers, --attn sdpa, and that nothing changed its forward pass.")
+                         f"{tolerance:.2g}). Check the versions of torch and transformers, try --attn sdpa")
     return gap
 
 
@@ -770,11 +761,10 @@ def all_gather(value):
 
 def join_ranks(config):
     """Under torchrun: meet the other processes, each with a GPU of its own."""
-    on_gpu = device_and_dtype(config)[0].startswith("cuda")
-    if WORLD > 1 and on_gpu:
+    if device_and_dtype(config)[0].startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if WORLD > 1:  # gloo, too: for tensors in host memory; hours, since rank 0 may write 100 GB while the others wait
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))
+    kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # hours: rank 0 may have to write 100 GB
+    distributed.init_process_group(kinds, timeout=timedelta(hours=2))
 
 
 def shard(model, dtype):
@@ -803,26 +793,27 @@ def load_models(config):
     """(policy, Processor, reference or None, judge or None, LoRA or None): as named, from the folders in which the toy
     world is prepared, or from those that a run left and --resume continues."""
     names = {"start": config.model, "reward_model": config.reward_model, "adapter": config.adapter}
-    kept = Path(config.out, "checkpoint")
-    judge = adapters = reference = None
+    kept, judge, adapters, reference = Path(config.out, "checkpoint"), None, None, None
     if config.resume:
         names = {name: str(kept / name) if (kept / name).exists() else given for name, given in names.items()}
     elif config.model == "toy" or config.reward_model in TRAINED_HERE and not config.eval_only:
         from reward_model import prepare  # it makes folders like any other
         names |= all_gather(prepare(config) if RANK == 0 else None)[0]
+
+    def keep(name, *made):  # what can't be had again by id
+        if names[name] and Path(names[name]).is_dir() and not (config.resume or config.eval_only):
+            data.save_folder(kept / name, *made)
+
     policy, processor = load(names["start"], config)
+    keep("start", policy, processor)
+    policy.model.visual.requires_grad_(not config.freeze_vision)
     if config.reward_model != "none" and not config.eval_only:
         judge = ThinkingRewardModel(*load(names["reward_model"], config), config.rm_mode, config.rm_prompt)
-    for name, made in {"start": (policy, processor), "reward_model": judge and (judge.model, judge.processor)}.items():
-        if made and Path(names[name]).is_dir() and not (config.resume or config.eval_only):  # can't be had again by id
-            data.save_folder(kept / name, *made)
+        keep("reward_model", judge.model, judge.processor)
     if config.lora or config.adapter:
-        base = str(kept / "start") if Path(names["start"]).is_dir() else names["start"]
-        adapters = LoRA(policy, config.lora, base, names["adapter"])
-        if config.adapter and not (config.resume or config.eval_only):
-            data.save_folder(kept / "adapter", adapters, processor)
-    else:
-        policy.model.visual.requires_grad_(not config.freeze_vision)
+        base = kept / "start" if Path(names["start"]).is_dir() else names["start"]
+        adapters = LoRA(policy, config.lora, str(base), names["adapter"])
+        keep("adapter", adapters, processor)
     if config.kl_coef and not config.eval_only:
         reference = adapters or copy.deepcopy(policy).requires_grad_(False)
     if WORLD > 1 and not adapters:
@@ -882,7 +873,9 @@ def train(config, examples, held_out, about):
     if config.eval_only:
         check_up("before")
         return print(f"{data.table(results)}\nIn {out / 'eval.json'}, under \"before\".")
-    offload = device.startswith("cuda") and WORLD == 1 if config.offload_optimizer is None else config.offload_optimizer
+    offload = config.offload_optimizer
+    if offload is None:
+        offload = device.startswith("cuda") and WORLD == 1 and not adapters
     optimizer = MasterAdamW(policy, config.lr, offload=offload, average=WORLD > 1 and adapters)
     if config.resume:
         state = data.read_checkpoint(config, examples)
@@ -904,8 +897,8 @@ def train(config, examples, held_out, about):
                                           [examples[i] for i in chosen], config)
             except FloatingPointError as error:
                 asked = ", ".join(examples[i].id for i in chosen)
-                raise SystemExit(f"step {step}: {error}; questions {asked}. The last checkpoint, if there is one in "
-                                 f"{out}, is intact; try a lower --lr") from error
+                raise SystemExit(f"step {step}: {error}; questions {asked}. A checkpoint in {out} is intact; try a "
+                                 "lower --lr") from error
             data.write_step(out, line, groups, config)
             bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
                              if line[name] is not None})
@@ -925,12 +918,13 @@ def train(config, examples, held_out, about):
 
 
 def main(argv=None):
-    """The command line. Exit status 2 for rows or a command line that can't be used, 130 after a Ctrl-C that stops at
-    once, 1 for any other end before the last step."""
+    """The command line. Exit status 2 for rows or flags that can't be used, 130 after a second Ctrl-C, 1 for any other
+    end before the last step."""
     with redirect_stdout(open(os.devnull, "w")) if RANK else nullcontext():
         config = configure(argv)
         try:
-            join_ranks(config)
+            if WORLD > 1:
+                join_ranks(config)
             sets = data.load_sets(config)  # rows are checked before the folder is touched
             with data.lock(config.out):
                 train(config, *sets)
@@ -938,14 +932,12 @@ def main(argv=None):
             print(error, file=sys.stderr)
             raise SystemExit(2) from None
         except torch.OutOfMemoryError as error:
-            raise SystemExit(
-                f"{str(error).splitlines()[0]} What helps, most first: a smaller --max_pixels, --micro_batch, "
-                "--questions_per_step or --group_size (the rollout's cache), --max_new_tokens; --freeze_vision, "
-                f"--offload_optimizer true, --kl_coef 0 (no reference). A checkpoint in {config.out} is intact."
-                ) from error
+            raise SystemExit(f"{str(error).splitlines()[0]} What helps, most first: --lora 16; a smaller "
+                             "--micro_batch, --max_pixels, --max_new_tokens, --questions_per_step or --group_size; --freeze_vision, "
+                             f"--kl_coef 0 (no reference). A checkpoint in {config.out} is intact.") from error
         except KeyboardInterrupt:
-            whole_one = Path(config.out, "checkpoint", "state.pt").exists()
-            print("\nstopped at once; " + (f"go on with --resume {config.out}" if whole_one else
+            saved = Path(config.out, "checkpoint", "state.pt").exists()
+            print("\nstopped at once; " + (f"go on with --resume {config.out}" if saved else
                   "there is no checkpoint yet: start again, in another --out"), file=sys.stderr)
             raise SystemExit(130) from None
         finally:
