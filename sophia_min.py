@@ -96,7 +96,7 @@ class Config:
     freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)")
     lora: int = setting(0, "rank of low-rank adapters to train instead of all weights; --lr is then 10 times as high")
     adapter: str | None = setting(None, "folder of an adapter to start from or to evaluate, from --lora or from peft")
-    offload_optimizer: bool | None = setting(None, "AdamW (12 bytes a weight) on the host; none: on a GPU, without LoRA")
+    offload_optimizer: bool | None = setting(None, "AdamW, 12 bytes a weight, on the host; none: on a GPU without LoRA")
     seed: int = setting(0, "of everything random")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     attn: Literal["auto", "sdpa", "flash_attention_2", "eager"] = setting("auto", "auto: flash-attn if it can be used")
@@ -933,8 +933,8 @@ def main(argv=None):
             raise SystemExit(2) from None
         except torch.OutOfMemoryError as error:
             raise SystemExit(f"{str(error).splitlines()[0]} What helps, most first: --lora 16; a smaller "
-                             "--micro_batch, --max_pixels, --max_new_tokens, --questions_per_step or --group_size; --freeze_vision, "
-                             f"--kl_coef 0 (no reference). A checkpoint in {config.out} is intact.") from error
+                             "--micro_batch, --max_pixels, --max_new_tokens, --questions_per_step or --group_size; "
+                             f"--freeze_vision, --kl_coef 0. A checkpoint in {config.out} is intact.") from error
         except KeyboardInterrupt:
             saved = Path(config.out, "checkpoint", "state.pt").exists()
             print("\nstopped at once; " + (f"go on with --resume {config.out}" if saved else

@@ -2707,7 +2707,7 @@ def out_of_memory(*_, **__):
 def test_a_full_card_names_what_helps(flags, monkeypatch, capsys):
     monkeypatch.setattr(sophia_min, "train_step", out_of_memory)
     said = end_of(capsys, flags("out"))
-    assert re.fullmatch("CUDA out of memory.*--max_pixels, --micro_batch.*--freeze_vision.*", said)
+    assert re.fullmatch("CUDA out of memory.*--lora 16.*--micro_batch, --max_pixels.*--freeze_vision.*", said)
 
 
 def kept_bytes(model, run):
