@@ -866,14 +866,10 @@ def gamma_from_paper(outcome, thinking):
     return 1.0 if mu_c >= mu_w else math.exp(mu_c - mu_w)  # Eq. 3
 
 
-def gate_from_released(outcome):
-    dropped = all(o >= 0.9 for o in outcome) or all(o <= 0.1 for o in outcome)  # the table at the end of paper.md
-    return [0.0 if dropped or o < 0.2 else 1.0 for o in outcome]
-
-
 def trusted_from_paper(outcome, thinking, trust):
-    if trust == "released":
-        thinking = [t if counts else 0.0 for t, counts in zip(thinking, gate_from_released(outcome))]
+    if trust == "released":  # the table at the end of paper.md
+        dropped = all(o >= 0.9 for o in outcome) or all(o <= 0.1 for o in outcome)
+        thinking = [0.0 if dropped or o < 0.2 else t for o, t in zip(outcome, thinking)]
     if any(math.isnan(t) for t in thinking):
         return [0.0] * len(thinking), 0.0  # ours
     return thinking, 1.0 if trust == "off" else gamma_from_paper(outcome, thinking)
@@ -917,7 +913,6 @@ def doubles(values):
 def test_rewards_and_advantages_agree_with_the_paper(group, step, total, alpha, trust, anneal):
     outcome, thinking = map(list, zip(*group))
     how = (step, total, alpha, trust, anneal)
-    assert sophia_min.released_gate(doubles(outcome), doubles(thinking)).tolist() == gate_from_released(outcome)
     used, gamma = sophia_min.trusted(doubles(outcome), doubles(thinking), trust)
     assert (used.tolist(), pytest.approx(gamma.item(), abs=1e-12)) == trusted_from_paper(outcome, thinking, trust)
     rewards = sophia_min.combined_reward(doubles(outcome), doubles(thinking), *how)
@@ -943,11 +938,15 @@ def test_gamma_of_the_worked_examples(outcome, thinking, gamma):
     assert found == pytest.approx(gamma, abs=1e-6, nan_ok=True) and not found > 1
 
 
-def test_released_gating_pins_gamma_at_one():
-    """On right-or-wrong answers: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
-    for outcome, thinking, used in [([1, 0, 0], [.3, .9, NAN], [.3, 0, 0]), ([1, 1, .9], [.3, .9, NAN], [0, 0, 0])]:
-        found, gamma = sophia_min.trusted(doubles(outcome), doubles(thinking), "released")
-        assert (found.tolist(), gamma.item(), gamma.shape) == (used, 1, ())
+@pytest.mark.parametrize("outcome, gate", [
+    ([1, 0, .2, .19, .5], [1, 0, 1, 0, 1]), ([1, .9, .95], [0] * 3), ([1, .9, .89], [1] * 3), ([0, .1, .05], [0] * 3),
+    ([0, .1, .2], [0, 0, 1])])
+def test_released_gating_pins_gamma_at_one(outcome, gate):
+    """On 0/1 outcomes always: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
+    outcome, thinking = doubles(outcome), doubles([.3, .4, .9, .8, .7][:len(gate)])
+    assert sophia_min.released_gate(outcome, thinking).tolist() == gate
+    used, gamma = sophia_min.trusted(outcome, thinking.where(doubles(gate) == 1, NAN), "released")
+    assert used.tolist() == (thinking * doubles(gate)).tolist() and gamma == 1
 
 
 def test_equal_rewards_give_exact_zeros():
@@ -1471,12 +1470,11 @@ def road_examples(tmp_path_factory):
 def judge_of(roads, tmp_path):
     """Makes judges: by mode, as if trained by us; with a prompt of the user's own; or as others come, "released"."""
     def make(mode=None, template=None, which="toy"):
-        (tmp_path / "prompt.txt").write_text(template or "")
         model, processor = copy.deepcopy(roads[which][0]), roads[which][1]
-        if template or mode == "released":
-            return sophia_min.ThinkingRewardModel(model, processor, mode if template else None,
-                                                  template and tmp_path / "prompt.txt")
-        model.config.rm_mode = mode or "generate"
+        if template:
+            (tmp_path / "prompt.txt").write_text(template)
+            return sophia_min.ThinkingRewardModel(model, processor, mode, tmp_path / "prompt.txt")
+        model.config.rm_mode = None if mode == "released" else mode or "generate"
         return sophia_min.ThinkingRewardModel(model, processor)
     return make
 
