@@ -11,7 +11,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
@@ -764,14 +763,10 @@ def gamma_from_paper(outcome, thinking):
     return 1.0 if mu_c >= mu_w else math.exp(mu_c - mu_w)  # Eq. 3
 
 
-def gate_from_released(outcome):
-    dropped = all(o >= 0.9 for o in outcome) or all(o <= 0.1 for o in outcome)  # the table at the end of paper.md
-    return [0.0 if dropped or o < 0.2 else 1.0 for o in outcome]
-
-
 def trusted_from_paper(outcome, thinking, trust):
-    if trust == "released":
-        thinking = [t if counts else 0.0 for t, counts in zip(thinking, gate_from_released(outcome))]
+    if trust == "released":  # the table at the end of paper.md
+        dropped = all(o >= 0.9 for o in outcome) or all(o <= 0.1 for o in outcome)
+        thinking = [0.0 if dropped or o < 0.2 else t for o, t in zip(outcome, thinking)]
     if any(math.isnan(t) for t in thinking):
         return [0.0] * len(thinking), 0.0  # ours
     return thinking, 1.0 if trust == "off" else gamma_from_paper(outcome, thinking)
@@ -811,25 +806,20 @@ def doubles(values):
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0, 1, .1, .2, .49, .5, .9]) | st.floats(0, 1), st.sampled_from(
     [0, .2, .7, .8, 1]) | st.floats(0, 1) | st.just(NAN)), min_size=2, max_size=9), st.integers(1, 50),
-    st.integers(50, 1500), st.floats(0, 2), st.sampled_from(["paper", "released", "off"]), st.booleans())
+    st.integers(50, 1500), st.just(0.3) | st.floats(0, 2), st.sampled_from(["paper", "released", "off"]), st.booleans())
 def test_rewards_and_advantages_agree_with_the_paper(group, step, total, alpha, trust, anneal):
     outcome, thinking = map(list, zip(*group))
     how = (step, total, alpha, trust, anneal)
-    assert sophia_min.released_gate(doubles(outcome), doubles(thinking)).tolist() == gate_from_released(outcome)
     used, gamma = sophia_min.trusted(doubles(outcome), doubles(thinking), trust)
     assert (used.tolist(), pytest.approx(gamma.item(), abs=1e-12)) == trusted_from_paper(outcome, thinking, trust)
     rewards = sophia_min.combined_reward(doubles(outcome), doubles(thinking), *how)
     assert rewards.tolist() == pytest.approx(rewards_from_paper(outcome, thinking, *how), abs=1e-12)
     assert torch.equal(rewards, sophia_min.combined_reward(doubles(outcome), used, *how[:3], "paper", anneal, gamma))
+    if how[2:] == (0.3, "paper", True):  # the defaults
+        assert torch.equal(rewards, sophia_min.combined_reward(doubles(outcome), doubles(thinking), step, total))
+        assert torch.equal(gamma, sophia_min.trusted(doubles(outcome), doubles(thinking))[1])
     advantages = sophia_min.group_advantages(rewards).tolist()
     assert advantages == pytest.approx(advantages_from_paper(rewards.tolist()), abs=1e-5)
-
-
-def test_defaults_are_the_papers_and_annealing_ends_at_one_over_e():
-    group, share = (doubles([1, 0, 0]), doubles([.2, .9, .4])), 0.3 * math.exp(.2 - .65 - 3 / 8)
-    assert sophia_min.combined_reward(*group, 3, 8).tolist() == pytest.approx([1 + .2 * share, .9 * share, .4 * share])
-    assert sophia_min.trusted(*group)[1].item() == pytest.approx(math.exp(.2 - .65))
-    assert [sophia_min.annealing(step, 150) for step in (1, 150)] == pytest.approx([math.exp(-1 / 150), 1 / math.e])
 
 
 @pytest.mark.parametrize("outcome, thinking, gamma", [
@@ -845,11 +835,15 @@ def test_gamma_of_the_worked_examples(outcome, thinking, gamma):
     assert found == pytest.approx(gamma, abs=1e-6, nan_ok=True) and not found > 1
 
 
-def test_released_gating_pins_gamma_at_one():
-    """On right-or-wrong answers: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
-    for outcome, thinking, used in [([1, 0, 0], [.3, .9, NAN], [.3, 0, 0]), ([1, 1, .9], [.3, .9, NAN], [0, 0, 0])]:
-        found, gamma = sophia_min.trusted(doubles(outcome), doubles(thinking), "released")
-        assert (found.tolist(), gamma.item(), gamma.shape) == (used, 1, ())
+@pytest.mark.parametrize("outcome, gate", [
+    ([1, 0, .2, .19, .5], [1, 0, 1, 0, 1]), ([1, .9, .95], [0] * 3), ([1, .9, .89], [1] * 3), ([0, .1, .05], [0] * 3),
+    ([0, .1, .2], [0, 0, 1])])
+def test_released_gating_pins_gamma_at_one(outcome, gate):
+    """On 0/1 outcomes always: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
+    outcome, thinking = doubles(outcome), doubles([.3, .4, .9, .8, .7][:len(gate)])
+    assert sophia_min.released_gate(outcome, thinking).tolist() == gate
+    used, gamma = sophia_min.trusted(outcome, thinking.where(doubles(gate) == 1, NAN), "released")
+    assert used.tolist() == (thinking * doubles(gate)).tolist() and gamma == 1
 
 
 def test_equal_rewards_give_exact_zeros():
@@ -1369,12 +1363,11 @@ def road_examples(tmp_path_factory):
 def judge_of(roads, tmp_path):
     """Makes judges: by mode, as if trained by us; with a prompt of the user's own; or as others come, "released"."""
     def make(mode=None, template=None, which="toy"):
-        (tmp_path / "prompt.txt").write_text(template or "")
         model, processor = copy.deepcopy(roads[which][0]), roads[which][1]
-        if template or mode == "released":
-            return sophia_min.ThinkingRewardModel(model, processor, mode if template else None,
-                                                  template and tmp_path / "prompt.txt")
-        model.config.rm_mode = mode or "generate"
+        if template:
+            (tmp_path / "prompt.txt").write_text(template)
+            return sophia_min.ThinkingRewardModel(model, processor, mode, tmp_path / "prompt.txt")
+        model.config.rm_mode = None if mode == "released" else mode or "generate"
         return sophia_min.ThinkingRewardModel(model, processor)
     return make
 
@@ -1608,17 +1601,15 @@ def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, 
 
 # the update
 
-TWICE = ("--inner_epochs", "2", "--lr", "2e-3")
-
-
 @pytest.mark.parametrize("which, kind, micro_batch, frozen, grad, more, dtype", [
     ("toy", "pictures", 1, False, False, (), torch.float64), ("toy", "mixed", 3, False, False, HOT, torch.float64),
     ("toy", "mixed", 8, False, False, (), torch.float64), ("toy", "pictures", 8, True, False, HOT, torch.float64),
     ("toy", "text", 64, False, False, HOT, torch.float64), ("toy", "mixed", 64, False, True, HOT, torch.float64),
     ("toy", "text", 2, False, True, (), torch.float64), ("other", "mixed", 4, False, False, HOT, torch.float64),
     ("toy", "pictures", 64, True, True, ("--kl_coef", "0"), torch.float64),
-    ("other", "pictures", 64, False, True, (), torch.float64), ("toy", "mixed", 4, False, False, TWICE, torch.float64),
-    ("toy", "mixed", 3, False, False, (), torch.float32), ("toy", "mixed", 64, False, True, (), torch.bfloat16)])
+    ("other", "pictures", 64, False, True, (), torch.float64), ("toy", "mixed", 3, False, False, (), torch.float32),
+    ("toy", "mixed", 64, False, True, (), torch.bfloat16),
+    ("toy", "mixed", 4, False, False, ("--inner_epochs", "2", "--lr", "2e-3"), torch.float64)])
 def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, micro_batch, frozen, grad, more, dtype,
                                           true_float64):
     """Whatever stands behind a response's end. With `grad`, it goes on from the rollout's own computation of the
@@ -1857,7 +1848,7 @@ def test_expected_score_is_the_mean_under_the_models_own_probabilities(judge_of,
             written = judge.processor.encode(text) + judge.model.generation_config.eos_token_id[:1]
             logp = plain_logits(judge.model, prompt, written).double().log_softmax(-1)
             chances.append(logp[range(len(written)), written].sum().exp().item())
-        found, expected = judge.expected(prompt), sum(map(operator.mul, chances, spelled.values())) / sum(chances)
+        found, expected = judge.expected(prompt), np.average(list(spelled.values()), weights=chances)
         assert found == pytest.approx(expected, abs=1e-5) and tenths == pytest.approx(round(found, 1))
 
 
@@ -3200,9 +3191,6 @@ def trl_trainer(policy, processor, prompt, tokens, folder):
             return {name: value if name in ("pixel_values", "image_grid_thw") else value.tolist()
                     for name, value in self(conversation).items()} if tokenize else "prompt"
 
-        def save_pretrained(self, *_, **__):
-            pass
-
     policy.save_pretrained(folder)
     model = type(policy).from_pretrained(folder, dtype=torch.float32)
     rows = [{"prompt": [{"role": "user", "content": "x"}], "image": Image.new("RGB", (28, 28))}] * 8
@@ -3262,7 +3250,7 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
     print(f"\n{shape}: {len(prompt.ids)} prompt and 8 x {tokens} response tokens; same gradients to {gap:.1g}")
     assert gap < 1e-5
 
-    optimizer, seconds = sophia_min.MasterAdamW(policy, config.lr), {"TRL": [], "ours": []}
+    optimizer = sophia_min.MasterAdamW(policy, config.lr)
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
 
     def ours():
@@ -3274,14 +3262,14 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
 
-    memory = {name: peak_memory(step) for name, step in (("TRL", trls), ("ours", ours))}
-    for _ in range(times):
-        for name, step in (("TRL", trls), ("ours", ours)):
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
+    steps, seconds = {"TRL": trls, "ours": ours}, {"TRL": [], "ours": []}
+    memory = {name: peak_memory(step) for name, step in steps.items()}
+    for name, step in [*steps.items()] * times:
+        start = time.perf_counter()
+        step()
+        seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    for name in ("TRL", "ours"):
+    for name in steps:
         print(f"  {name:<5} {median[name]:6.2f} s a step, {memory[name]:5.2f} GB above the start of the step")
     faster_by, smaller_by = (found["TRL"] / found["ours"] for found in (median, memory))
     print(f"  {faster_by:.2f} times as fast, in 1/{smaller_by:.2f} of the memory")
@@ -3368,8 +3356,8 @@ def test_phase_diagram_of_trust(tmp_path):
     """A guess that is right with chance p and praised by 0.5 pays above alpha * 0.5 = 1 - p, with trust above gamma *
     alpha * 0.5 = 1 - p: between them trust decides."""
     chances, alphas = [n / 10 for n in range(1, 10)], [0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4]
-    ends = {trust: torch.tensor([[simulate(world(p, 0.05, HASTY), 0, alpha, trust, False) for p in chances]
-                                 for alpha in alphas]) for trust in ("off", "paper")}
+    off, paper = (torch.tensor([[simulate(world(p, 0.05, HASTY), 0, alpha, trust, False) for p in chances]
+                                for alpha in alphas]) for trust in ("off", "paper"))
 
     def panel(title, values):
         def draw(axis):
@@ -3380,11 +3368,10 @@ def test_phase_diagram_of_trust(tmp_path):
         return draw
 
     path = tmp_path / "wedge.png"
-    data.write_atomic(path, data.plot([panel("no trust", ends["off"]), panel("trust", ends["paper"]),
-                                       panel("difference", ends["paper"] - ends["off"])]))
-    print(f"\n{path}\n{ends}")
-    gain = ends["paper"] - ends["off"]
-    assert gain[alphas.index(2), chances.index(0.2)] > 0.5 and gain[0].abs().max() < 0.1
+    panels = [panel("no trust", off), panel("trust", paper), panel("difference", paper - off)]
+    data.write_atomic(path, data.plot(panels))
+    print(f"\n{path}\n{off}\n{paper}")
+    assert (paper - off)[alphas.index(2), chances.index(0.2)] > 0.5 and (paper - off)[0].abs().max() < 0.1
 
 
 @pytest.mark.parametrize("alpha, trust", [(0.3, "paper"), (2.0, "off"), (4.0, "paper"), (4.0, "off")])
