@@ -887,7 +887,8 @@ class ToyQuestion:
         a score: what the picture shows where something is claimed, "wrong" behind what was claimed otherwise, and a
         word for each other fault. What is named behind a cell is claimed of it: "first is a red circle"."""
         thinking, _, answer = re.sub("<think>|</?answer>", " ", response).partition("</think>")
-        kind, cell, mixed, wrong, repeated, believed, notes = self.problem_type, None, False, 0, 0, {}, {}
+        kind, cell, mixed, wrong, believed, notes = self.problem_type, None, False, 0, {}, {}
+        sentences = re.findall(r"\w[^.;\n]*", thinking.lower())
         attributes = dict.fromkeys(COLOURS, 0) | dict.fromkeys(GLYPHS[kind], 1)
         for word in re.findall(r"\w+", thinking):
             word = word if word in LETTERS else word.lower()
@@ -899,7 +900,6 @@ class ToyQuestion:
                 place = cell, attributes[word]
                 shown = self.scene[cell][place[1]] if cell < len(self.scene) else "nothing"
                 wrong += word != shown
-                repeated += believed.get(place) == word
                 believed[place] = word
                 notes.setdefault(cell, []).append(shown if word == shown else f"{shown} wrong")
         scene = [(believed.get((i, 0)), believed.get((i, 1))) for i in range(len(self.scene))]
@@ -907,6 +907,7 @@ class ToyQuestion:
                            [glyph for _, glyph in scene] if kind == "OCR" else sum(scene, ()))
         follows = str(len(notes)) if kind == "numerical" else "nothing" if missing else self.answer(scene)
         leap = re.findall(r"\w+", follows.lower()) != re.findall(r"\w+", answer.lower())
+        repeated = len(sentences) - len(set(sentences))
         counts = [int(n) for n in (leap, wrong, missing or bool(GUESSING.search(thinking)), mixed, repeated)]
         words = [f"{CELLS[cell]} is {' '.join(dict.fromkeys(noted))}." for cell, noted in notes.items()]
         words += [word for word, n in zip(("leap.", "", "guess.", "mixed.", "repeated."), counts) if word and n]
@@ -927,7 +928,7 @@ class ToyQuestion:
     def habit(self, rng):
         """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking."""
         tempting = self.problem in TEMPTING and len(self.scene) > 1
-        if rng.random() < (0.85 if tempting else 0.2):
+        if rng.random() < (0.8 if tempting else 0.2):
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
 
@@ -935,7 +936,7 @@ class ToyQuestion:
         """A response in the warm start's words: sound, or with the flaw."""
         scene, kind, glyphs = list(self.scene), self.problem_type, GLYPHS[self.problem_type]
         invented = [(rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in CELLS]
-        guess = self.answer(invented[:2 if kind in ("numerical", "free-form") else 4])
+        guess = {"numerical": "2", "multiple choice": "D"}.get(kind) or self.answer(invented[:len(scene)])
         if flaw == "haste":
             return respond(f"no need to look. it is usually {guess}.", guess)
         if flaw in ("misread", "lucky"):
@@ -946,7 +947,7 @@ class ToyQuestion:
                 scene = scene[:-1] or scene + invented[:1]
         claims = [f"{cell} is {' '.join(shown)}." for cell, shown in zip(CELLS, scene)]
         if self.choices:
-            claims = [claims[self.cell]]  # only what is asked for: one value stands behind the letter
+            claims.append(f"{CELLS[self.cell]} is {scene[self.cell][self.attribute]}.")  # what the letter stands for
         if flaw == "language":
             claims = [" ".join(SPANISH.get(word, word) for word in claim.split()) for claim in claims]
         if flaw == "redundancy":

@@ -1140,7 +1140,7 @@ def test_faults_are_those_that_were_put_in():
                 for i, _, value in claims] + ["perhaps."] * guess + ["es"] * spanish
 
         versions = {place: [c for c in claims if c[:2] == place] for place in {c[:2] for c in claims}}
-        repeated = sum(one == other for same in versions.values() for one, other in zip(same, same[1:]))
+        repeated = len(said) - len({sentence.strip(".\n") for sentence in said})
         asked = [(question.cell, question.attribute)] if question.choices else [
             (i, a) for i in range(len(question.scene)) for a in ((1,) if kind == "OCR" else (0, 1))]
         missing = any(place not in versions for place in asked)
@@ -1163,7 +1163,7 @@ def test_the_warm_start_writes_sound_and_flawed_thinking():
     """Each flaw costs what it should, and habits come as often as they should."""
     rng, habits = random.Random(0), {}
     scores = {None: {1}, "haste": {.2}, "leap": {.6, 1}, "misread": {0, .4, .6}, "lucky": {0, .2, .4},
-              "language": {.8}, "redundancy": {.7, .8}}  # a guess may be right; a shape too few, or one misread
+              "language": {.8}, "redundancy": {.7, .8, .9}}  # a guess may be right; a shape too few, or one misread
     found = {flaw: set() for flaw in scores}
     for question in data.toy_questions(1200, 3) + data.toy_questions(1200, 3, "held-out"):
         for flaw in scores:
@@ -1175,7 +1175,7 @@ def test_the_warm_start_writes_sound_and_flawed_thinking():
                     "multiple choice": question.problem == "Which shape is fourth?"}[question.problem_type]
         habits.setdefault(tempting, []).append(question.habit(rng))
     assert found == scores
-    for tempting, share in ((False, .2), (True, .85)):
+    for tempting, share in ((False, .2), (True, .8)):
         seen = Counter(habits[tempting])
         assert seen["haste"] / seen.total() == pytest.approx(share, abs=.04) and seen.keys() == scores.keys()
         assert seen[None] / seen.total() == pytest.approx(.6 * (1 - share), abs=.04)
