@@ -850,9 +850,8 @@ PROBLEMS = {"numerical": ("How many shapes are there?",), "OCR": ("Read the lett
             "free-form": ("Describe the picture.", "What do you see?"),
             "multiple choice": ("Which colour is {}?", "Which shape is {}?")}
 TEMPTING = ("How many shapes are there?", "What do you see?", "Which shape is fourth?")  # mostly answered in haste
-ALL = {"numerical": (1, 2, 3, 4), "multiple choice": (4,), "OCR": (4,), "free-form": (2,)}
-SHOWN = {  # part: how many shapes or letters its scenes show
-    "train": ALL, "held-out": ALL,
+SHOWN = dict.fromkeys(("train", "held-out"), {  # part: how many shapes or letters its scenes show
+    "numerical": (1, 2, 3, 4), "multiple choice": (4,), "OCR": (4,), "free-form": (2,)}) | {
     "shifted": {"multiple choice": (4,), "OCR": (3,), "free-form": (3,)},  # it also asks for the cells in the middle
     "shortcut": {"numerical": (2,) * 19 + (1,)},  # who doesn't look says 2: right in 95 of 100 ..
     "broken": {"numerical": (3, 4)}}  # .. and never
@@ -874,13 +873,10 @@ class ToyQuestion:
     def answer(self, scene=None):
         """The exact answer to the question: from the true scene, or from a believed one."""
         scene = self.scene if scene is None else scene
-        if self.problem_type == "numerical":
-            return str(len(scene))
-        if self.problem_type == "multiple choice":
+        if self.choices:
             return "ABCD"[self.choices.index(scene[self.cell][self.attribute])]
-        if self.problem_type == "OCR":
-            return " ".join(glyph for _, glyph in scene)
-        return ", ".join(" ".join(shown) for shown in scene)
+        return {"numerical": str(len(scene)), "OCR": " ".join(glyph for _, glyph in scene),
+                "free-form": ", ".join(f"{colour} {shape}" for colour, shape in scene)}[self.problem_type]
 
     def faults(self, response):
         """How often the thinking in `response` has each of the FAULTS (a dict), and what a careful judge writes before
@@ -918,9 +914,8 @@ class ToyQuestion:
         return self.faults(response)[1]
 
     def soundness(self, response):
-        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`. An answer that doesn't follow from the claims costs
-        0.4 (logic), a wrong claim 0.4, more than one 0.6 (correctness), a guess or missing evidence 0.4 (support), a
-        second language 0.2, each repetition 0.1, at most 0.3."""
+        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`. An answer that doesn't follow, a wrong claim, a guess
+        or missing evidence cost 0.4 each, wrong claims 0.6, a second language 0.2, a repetition 0.1, at most 0.3."""
         leap, wrong, unsupported, mixed, repeated = self.faults(response)[0].values()
         cost = 4 * leap + (0, 4, 6)[min(wrong, 2)] + 4 * unsupported + 2 * mixed + min(repeated, 3)
         return max(0, 10 - cost) / 10
