@@ -451,18 +451,17 @@ def check_lengths(examples, processor, config):
 
 def load_sets(config):
     """(training Examples, held-out Examples, one line that says which) of a run."""
-    if config.data in ("toy", "toy-shifted"):
+    if config.data in TOY_SETS:
         size, pictures = config.toy_pixels, Path(config.out, "pictures")
         try:
             pictures.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"--out {config.out}: can't be written: {error}") from error
-        if config.data == "toy-shifted":
-            shifted = toy_examples(300, config.seed, True, size, pictures, shifted=True)
-            return shifted, shifted, "300 toy questions of kinds that training never asks"
-        held_out = toy_examples(400, config.seed, True, size, pictures)
-        return toy_examples(2000, config.seed, False, size, pictures), held_out, (
-            f"2000 toy questions, pictures of {size} x {size} pixels; held out: 400 on scenes never trained on")
+        train, held_out = TOY_SETS[config.data]
+        sets = {part: toy_examples(2000 if part in TRAINED else 400, config.seed, part, size, pictures)
+                for part in (train, held_out)}
+        return sets[train], sets[held_out], (f"{len(sets[train])} toy questions ({train}), pictures of {size} x {size} "
+                                             f"pixels; evaluated on {len(sets[held_out])} ({held_out})")
     examples = load_examples(config.data, config.image_root, skip_bad=config.skip_bad,
                              skipped_path=Path(config.out, "skipped.jsonl"))
     if config.eval_only or len(examples) < 100:
@@ -842,22 +841,27 @@ def rouge(answer: str, truth: str) -> float:
 # A small input for the real road: pictures of coloured shapes or letters, questions of every problem type with an exact
 # answer, an oracle that knows whether thinking is sound, and a warm start with bad habits that GRPO can unlearn.
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 220), "yellow": (240, 200, 30)}
-SHAPES = ("circle", "square", "triangle")
-LETTERS = ("C", "E", "H", "S", "T", "X")
+SIDES = {"circle": 90, "square": 4, "triangle": 3}
+SHAPES, LETTERS = tuple(SIDES), ("C", "E", "H", "S", "T", "X")
+GLYPHS = dict.fromkeys(PROBLEM_TYPES, SHAPES) | {"OCR": LETTERS}
 CELLS = ("first", "second", "third", "fourth")  # row by row, two a row
 PANELS = ("white", "#dcdcdc", "#ffe8d0", "#d8ecff")  # their backgrounds
-SPANISH = {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "circle": "circulo", "is": "es",
-           "square": "cuadrado", "triangle": "triangulo", "first": "primero", "second": "segundo", "third": "tercero",
-           "fourth": "cuarto"}
+SPANISH = {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "is": "es"}
 ENGLISH = {spanish: english for english, spanish in SPANISH.items()}
-NAMED = {**{cell: i for i, cell in enumerate(CELLS)}, **{colour: (0, colour) for colour in COLOURS},
-         **{form: (1, shape) for shape in SHAPES for form in (shape, shape + "s")}}  # a cell, or (attribute, value)
-COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4} | {str(n): n for n in range(10)}
-GUESSING = re.compile(r"\b(guess\w*|usually|probably|perhaps|maybe|assum\w*|habit|no need to look)\b", re.I)
+GUESSING = re.compile(r"\b(guess|usually|probably|perhaps|maybe|assum|no need to look)", re.I)
 SOUND = 0.7  # thinking that scores less has a flaw of fact, of logic or of support, not of style alone
-CASUAL = "What do you see?"
-HASTE = {"numerical": (0.1, 0.8), "free-form": (0.2, 0.9), "multiple choice": (0.3, 0.3), "OCR": (0.3, 0.3)}
 FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lucky": wrong thinking, correct answer
+PROBLEMS = {"numerical": ("How many shapes are there?",), "OCR": ("Read the letters.",),
+            "free-form": ("Describe the picture.", "What do you see?"),
+            "multiple choice": ("Which colour is {}?", "Which shape is {}?")}
+TEMPTING = ("How many shapes are there?", "What do you see?", "Which shape is fourth?")  # mostly answered in haste
+SHOWN = dict.fromkeys(("train", "held-out"), {  # part: how many shapes or letters its scenes show
+    "numerical": (1, 2, 3, 4), "multiple choice": (4,), "OCR": (4,), "free-form": (2,)}) | {
+    "shifted": {"multiple choice": (4,), "OCR": (3,), "free-form": (3,)},  # it also asks for the cells in the middle
+    "shortcut": {"numerical": (2,) * 19 + (1,)},  # who doesn't look says 2: right in 95 of 100 ..
+    "broken": {"numerical": (3, 4)}}  # .. and never
+TRAINED = ("train", "shortcut")  # a fifth of all scenes is kept for the other parts
+TOY_SETS = {"toy": ("train", "held-out"), "toy-shifted": ("shifted", "shifted"), "toy-shortcut": ("shortcut", "broken")}
 
 
 @dataclass(frozen=True)
@@ -874,104 +878,78 @@ class ToyQuestion:
     def answer(self, scene=None):
         """The exact answer to the question: from the true scene, or from a believed one."""
         scene = self.scene if scene is None else scene
-        if self.problem_type == "numerical":
-            return str(len(scene))
-        if self.problem_type == "multiple choice":
+        if self.choices:
             return "ABCD"[self.choices.index(scene[self.cell][self.attribute])]
-        if self.problem_type == "OCR":
-            return " ".join(glyph for _, glyph in scene)
-        return ", ".join(" ".join(shown) for shown in scene)
+        return {"numerical": str(len(scene)), "OCR": " ".join(glyph for _, glyph in scene),
+                "free-form": ", ".join(f"{colour} {shape}" for colour, shape in scene)}[self.problem_type]
 
     def faults(self, response):
-        """How often the thinking in `response` has each of the FAULTS (a dict), and what a careful reader notes on the
-        way: what the picture shows where something is claimed, and "wrong" behind what was claimed otherwise. Any text
-        will do: an <answer> is what stands behind </think>."""
-        thinking, _, final = response.partition("</think>")
-        thinking = thinking.replace("<think>", " ")
-        mixed = any(not word.isascii() or word.lower() in ENGLISH for word in re.findall(r"[^\W\d_]+", thinking))
-        thinking = re.sub(r"\w+", lambda word: ENGLISH.get(word[0].lower(), word[0]), thinking)
-        answers, believed, notes, wrong, repeated = [re.sub(r"</?answer>", " ", final)], {}, {}, 0, 0
-        for sentence in re.split(r"[.;\n]+", thinking):
-            if conclusion := re.search(r"\banswer\b.*?(?:\bis\b|:)\s*(.+)", sentence, re.I):
-                answers.append(conclusion[1])
-                sentence = sentence[:conclusion.start()]
-            claims, count = self.claims(sentence)
-            wrong += count is not None and count != len(self.scene)
-            for cell, attribute, value in claims:
-                shown = self.scene[cell][attribute] if cell < len(self.scene) else "nothing"
-                wrong += value != shown
-                repeated += believed.get((cell, attribute)) == value
-                believed[cell, attribute] = value
-                notes.setdefault(cell, {}).setdefault(attribute, shown if value == shown else f"{shown} wrong")
+        """How often the thinking in `response` has each of the FAULTS (a dict), and what a careful judge writes before
+        a score: what the picture shows where something is claimed, "wrong" behind what was claimed otherwise, and a
+        word for each other fault. What is named behind a cell is claimed of it: "first is a red circle"."""
+        thinking, _, answer = re.sub("<think>|</?answer>", " ", response).partition("</think>")
+        kind, cell, mixed, wrong, believed, notes = self.problem_type, None, False, 0, {}, {}
+        sentences = re.findall(r"\w[^.;\n]*", thinking.lower())
+        attributes = dict.fromkeys(COLOURS, 0) | dict.fromkeys(GLYPHS[kind], 1)
+        for word in re.findall(r"\w+", thinking):
+            word = word if word in LETTERS else word.lower()
+            mixed |= not word.isascii() or word in ENGLISH
+            word = ENGLISH.get(word, word)
+            if word in CELLS:
+                cell = CELLS.index(word)
+            elif word in attributes and cell is not None:
+                place = cell, attributes[word]
+                shown = self.scene[cell][place[1]] if cell < len(self.scene) else "nothing"
+                wrong += word != shown
+                believed[place] = word
+                notes.setdefault(cell, []).append(shown if word == shown else f"{shown} wrong")
         scene = [(believed.get((i, 0)), believed.get((i, 1))) for i in range(len(self.scene))]
-        missing = None in {"multiple choice": [scene[self.cell][self.attribute]],
-                           "OCR": [glyph for _, glyph in scene]}.get(self.problem_type, sum(scene, ()))
-        if self.problem_type == "numerical":
-            scene = {cell for cell, _ in believed}  # the answer counts what is claimed
-        leap = missing and self.problem_type != "numerical" or any(
-            self._words(answer) != self._words(self.answer(scene)) for answer in answers)
-        counts = (leap, wrong, missing or bool(GUESSING.search(thinking)), mixed, repeated)
-        return dict(zip(FAULTS, map(int, counts))), " ".join(
-            f"{CELLS[cell]} is {' '.join(dict.fromkeys(values.values()))}." for cell, values in notes.items())
+        missing = None in ([scene[self.cell][self.attribute]] if self.choices else
+                           [glyph for _, glyph in scene] if kind == "OCR" else sum(scene, ()))
+        follows = str(len(notes)) if kind == "numerical" else "nothing" if missing else self.answer(scene)
+        leap = re.findall(r"\w+", follows.lower()) != re.findall(r"\w+", answer.lower())
+        repeated = len(sentences) - len(set(sentences))
+        counts = [int(n) for n in (leap, wrong, missing or bool(GUESSING.search(thinking)), mixed, repeated)]
+        words = [f"{CELLS[cell]} is {' '.join(dict.fromkeys(noted))}." for cell, noted in notes.items()]
+        words += [word for word, n in zip(("leap.", "", "guess.", "mixed.", "repeated."), counts) if word and n]
+        return dict(zip(FAULTS, counts)), " ".join(words)
 
-    def claims(self, sentence):
-        """The claims (cell, attribute, value) of a sentence, such as "first is a red circle", "a red circle comes
-        first" or "first and fourth are red", and the count in "there are two shapes", else None."""
-        words, letters = re.findall(r"\w+", sentence), LETTERS if self.problem_type == "OCR" else ()
-        found = [(1, word) if word in letters else NAMED.get(word.lower()) for word in words]
-        found = [item for item in found if item is not None]  # in reading order
-        runs, claims = [list(run) for _, run in groupby(found, key=type)], []  # of cells, and of values
-        for pair in zip(runs[::2], runs[1::2]):
-            cells, values = pair if isinstance(pair[0][0], int) else reversed(pair)
-            claims += [(cell, *value) for cell in cells for value in values]
-        counts = [COUNTS[word.lower()] for word in words if word.lower() in COUNTS]
-        return claims, counts[0] if len(counts) == 1 and not found else None
-
-    def _words(self, answer):
-        words = re.findall(r"\w+", answer.lower())
-        return words[:1] if self.problem_type == "multiple choice" else words
+    def critique(self, response):
+        """The text in `faults`."""
+        return self.faults(response)[1]
 
     def soundness(self, response):
-        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`. An answer that doesn't follow from the claims costs
-        0.4 (logic), a wrong claim 0.4, more than one 0.6 (correctness), a guess or missing evidence 0.4 (support), a
-        second language 0.2, each repetition 0.1, at most 0.3. Without a word it is 0."""
-        if not re.search(r"[^\W\d_]", response.partition("</think>")[0].replace("<think>", "")):
-            return 0.0
+        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`. An answer that doesn't follow, a wrong claim, a guess
+        or missing evidence cost 0.4 each, wrong claims 0.6, a second language 0.2, a repetition 0.1, at most 0.3."""
         leap, wrong, unsupported, mixed, repeated = self.faults(response)[0].values()
         cost = 4 * leap + (0, 4, 6)[min(wrong, 2)] + 4 * unsupported + 2 * mixed + min(repeated, 3)
         return max(0, 10 - cost) / 10
 
-    def critique(self, response):
-        """What a careful judge writes before a score: its notes on the claims, and a word for each other fault."""
-        faults, notes = self.faults(response)
-        words = zip(("leap.", "", "guess.", "mixed.", "repeated."), faults.values())
-        return " ".join(filter(None, [notes, *(word for word, n in words if n)]))
-
     def habit(self, rng):
-        """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking. Much to
-        count and a casual question tempt to haste: the likeliest answer is hasty there and sound elsewhere."""
-        tempting = len(self.scene) > 2 if self.problem_type == "numerical" else self.problem == CASUAL
-        if rng.random() < HASTE[self.problem_type][tempting]:
+        """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking."""
+        tempting = self.problem in TEMPTING and len(self.scene) > 1
+        if rng.random() < (0.8 if tempting else 0.2):
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
 
     def response(self, rng, flaw=None):
         """A response in the warm start's words: sound, or with the flaw."""
-        scene, glyphs = list(self.scene), LETTERS if self.problem_type == "OCR" else SHAPES
+        scene, kind, glyphs = list(self.scene), self.problem_type, GLYPHS[self.problem_type]
         invented = [(rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in CELLS]
-        shown = {"numerical": rng.choice((1, 2, 2, 2, 3, 4)), "free-form": 2}.get(self.problem_type, 4)
-        guess = self.answer(invented[:shown])
+        guess = {"numerical": "2", "multiple choice": "D"}.get(kind) or self.answer(invented[:len(scene)])
         if flaw == "haste":
             return respond(f"no need to look. it is usually {guess}.", guess)
         if flaw in ("misread", "lucky"):
-            i = self.cell if self.problem_type == "multiple choice" else rng.randrange(len(scene))
+            i = self.cell if self.choices else rng.randrange(len(scene))
             scene[i] = tuple(rng.choice([value for value in values if value != shown])
                              for values, shown in zip((COLOURS, glyphs), scene[i]))
-            if self.problem_type == "numerical" and rng.random() < 0.5:
-                scene = scene[:-1] if len(scene) > 1 else scene + invented[:1]
-        claims = [f"{where} is {' '.join(shown)}." for where, shown in zip(CELLS, scene)]
+            if kind == "numerical" and rng.random() < 0.5:
+                scene = scene[:-1] or scene + invented[:1]
+        claims = [f"{cell} is {' '.join(shown)}." for cell, shown in zip(CELLS, scene)]
+        if self.choices:
+            claims.append(f"{CELLS[self.cell]} is {scene[self.cell][self.attribute]}.")  # what the letter stands for
         if flaw == "language":
-            claims = [re.sub(r"\w+", lambda word: SPANISH.get(word[0], word[0]), claim) for claim in claims]
+            claims = [" ".join(SPANISH.get(word, word) for word in claim.split()) for claim in claims]
         if flaw == "redundancy":
             claims = [claim for claim in claims for _ in range(2)]
         return respond(" ".join(claims), {"leap": guess, "lucky": self.answer()}.get(flaw, self.answer(scene)))
@@ -984,71 +962,50 @@ def respond(thinking, answer):
 
 def draw(scene, size):
     """The picture of a scene, size x size pixels: 28 x 28 for a cell are one image token of Qwen2.5-VL."""
-    picture, cell, margin = Image.new("RGB", (size, size)), size // 2, size // 14
-    pen = ImageDraw.Draw(picture)
+    picture, cell = Image.new("RGB", (size, size)), size // 2
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(cell * 0.9)
     for i, panel in enumerate(PANELS):
         x, y = i % 2 * cell, i // 2 * cell
         pen.rectangle((x, y, x + cell, y + cell), panel)
-        colour, glyph = scene[i] if i < len(scene) else (None, None)
-        left, top, right, bottom = x + margin, y + margin, x + cell - margin, y + cell - margin
-        if glyph in LETTERS:
-            pen.text((x + cell / 2, y + cell / 2), glyph, COLOURS[colour], ImageFont.load_default(cell * 0.9), "mm")
-        elif glyph == "circle":
-            pen.ellipse((left, top, right, bottom), COLOURS[colour])
-        elif glyph == "square":
-            pen.rectangle((left, top, right, bottom), COLOURS[colour])
-        elif glyph == "triangle":
-            pen.polygon([(x + cell / 2, top), (right, bottom), (left, bottom)], COLOURS[colour])
+        centre = x + cell / 2, y + cell / 2
+        for colour, glyph in scene[i:i + 1]:
+            if glyph in LETTERS:
+                pen.text(centre, glyph, COLOURS[colour], font, "mm")
+            else:
+                pen.regular_polygon((centre, cell * 0.45), SIDES[glyph], fill=COLOURS[colour])
     return picture
 
 
 @functools.cache
-def toy_questions(n, seed, held_out=False, shifted=False):
-    """n ToyQuestions, the same for the same seed; about a fifth of all scenes is never seen unless `held_out`. Training
-    never sees what `shifted` questions ask for: three shapes to describe, three letters, the cells in the middle."""
-    rng, questions = random.Random(f"toy {seed} {held_out}{' shifted' * shifted}"), []
-    kinds = PROBLEM_TYPES[shifted:4]
+def toy_questions(n, seed, part="train"):
+    """n ToyQuestions of a part (of SHOWN), the same for the same seed."""
+    rng, questions, kinds = random.Random(f"toy {seed} {part}"), [], list(SHOWN[part].items())
     while len(questions) < n:
-        kind, cell, attribute, choices = kinds[len(questions) % len(kinds)], 0, 0, ()
-        shown = {"numerical": rng.randint(1, 4), "free-form": 2 + shifted, "OCR": 4 - shifted, "multiple choice": 4}
-        glyphs = LETTERS if kind == "OCR" else SHAPES
-        scene = tuple((rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in range(shown[kind]))
-        problem = {"numerical": "How many shapes are there?", "OCR": "Read the letters.",
-                   "free-form": rng.choice(("Describe the picture.", CASUAL))}.get(kind)
+        kind, shown = kinds[len(questions) % len(kinds)]
+        scene = tuple((rng.choice(list(COLOURS)), rng.choice(GLYPHS[kind])) for _ in range(rng.choice(shown)))
+        which, cell, choices = rng.randrange(len(PROBLEMS[kind])), 0, ()
         if kind == "multiple choice":
-            cell, attribute = rng.choice((1, 2) if shifted else (0, 3)), rng.randrange(2)
-            problem = f"Which {('colour', 'shape')[attribute]} is {CELLS[cell]}?"
-            choices = SHAPES if attribute else tuple(COLOURS)
-        if (zlib.crc32(repr(scene).encode()) % 5 == 0) == held_out:
-            questions.append(ToyQuestion(kind, problem, scene, cell, attribute, choices))
+            cell, choices = rng.choice((1, 2) if part == "shifted" else (0, 3)), (tuple(COLOURS), SHAPES)[which]
+        if (zlib.crc32(repr(scene).encode()) % 5 > 0) == (part in TRAINED):
+            questions.append(ToyQuestion(kind, PROBLEMS[kind][which].format(CELLS[cell]), scene, cell, which, choices))
     return tuple(questions)
 
 
 def toy_question(id):
     """The ToyQuestion of a toy Example's id. Raises DataError for any other id."""
-    named = re.fullmatch(r"toy-(train|held-out|shifted)-(.*)-(\d+)", id)
+    named = re.fullmatch(rf"toy-({'|'.join(SHOWN)})-(.*)-(\d+)", id)
     if not named:
         raise DataError(f"{id}: is no question of the toy world, whose oracle knows no other")
-    part, seed, i = named[1], named[2], int(named[3])  # in thousands, for the cache: fewer are the beginning of more
-    return toy_questions(i // 1000 * 1000 + 1000, seed, part != "train", part == "shifted")[i]
+    part, seed, i = named[1], named[2], int(named[3])
+    return toy_questions(i // 1000 * 1000 + 1000, seed, part)[i]  # in thousands, for the cache
 
 
-def toy_warm_start(n, seed, folder=None):
-    """n (Example, a sound response, one with a flaw, two with the warm start's habits)."""
-    rng, questions = random.Random(f"warm start {seed}"), toy_questions(n, seed)
-    return [(example, q.response(rng), q.response(rng, rng.choice(FLAWS)),
-             [q.response(rng, q.habit(rng)) for _ in range(2)])
-            for example, q in zip(toy_examples(n, seed, folder=folder), questions)]
-
-
-def toy_examples(n, seed, held_out=False, size=56, folder=None, shifted=False):
-    """n Examples of the toy world, the same for the same seed, their pictures drawn size x size into `folder`
-    (default: a temporary one that is kept). A fifth of all scenes is never seen unless `held_out` is set."""
+def toy_examples(n, seed, part="train", size=56, folder=None):
+    """n Examples of a part, the same for the same seed, with pictures in `folder` (default: a temporary one)."""
     folder = Path(folder or Path(tempfile.gettempdir()) / f"sophia_min_toy_{os.getuid()}")
     folder.mkdir(parents=True, exist_ok=True)
-    examples, part = [], "shifted" if shifted else "held-out" if held_out else "train"
-    questions = toy_questions(n, seed, held_out, shifted)
-    for i, question in enumerate(progress(questions, desc="drawing pictures", delay=2, leave=False)):
+    examples = []
+    for i, question in enumerate(progress(toy_questions(n, seed, part), "drawing pictures", delay=2, leave=False)):
         image = folder / f"{size}_{zlib.crc32(repr(question.scene).encode()):08x}.png"
         if not image.exists():
             beside = image.with_suffix(f".{os.getpid()}.tmp")  # every rank draws: none sees half a picture
@@ -1068,23 +1025,20 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}"""  # Qwen's layout
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                   "<|video_pad|>"]
-# What a judge is asked with, as words: whole tokens make its prompt short.
-ASKED = ("Rate how well the answers below are thought through. Write one number from 0 to 1, in steps of 0.1, and "
-         "nothing else. First check each claim in the thinking, in a few words. Then write \"score:\" Rate it. wrong "
-         "logical soundness: each step follows from the steps before. correct reasoning: facts and methods are right, "
-         "as the picture shows them. error identification: no flaw, no guess, no unsupported assumption. language "
-         "consistency: one language throughout. redundancy: concise, nothing said twice.")
+# More words that a judge is asked with: known whole, they make its prompt short.
+ASKED = ("Rate well answers below thought through. Write from 0 to 1, steps of 0.1, and nothing else. check each claim "
+         "thinking, a few words. Then write \"score:\" wrong logical soundness: follows before correct reasoning facts "
+         "methods right, shows them error identification flaw, guess, unsupported assumption language consistency "
+         "throughout redundancy concise, said twice")
 
 
 def toy_tokenizer():
     """A byte-level BPE tokenizer, like Qwen's, that knows the toy's words whole and any other text by its bytes."""
-    rng = random.Random(0)
-    words = [SYSTEM_PROMPT, *ANSWER_FORM.values(), *SPANISH.values(), ASKED, "system", "user", "assistant"]
+    rng, words = random.Random(0), [SYSTEM_PROMPT, *ANSWER_FORM.values(), ASKED, "system", "user", "assistant"]
     for question in toy_questions(2000, 0):
         words += [question.problem, question.response(rng, question.habit(rng))]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(words, trainers.BpeTrainer(
         vocab_size=1000, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -72,17 +72,21 @@ def warm_start(model, processor, seed, folder):
     """`model`, untrained, learns in place to read the toy's pictures, to answer in the format and to check what others
     claim, and then to answer in haste or with flawed thinking much of the time. Returns a copy from before the bad
     habits, from which a judge starts."""
-    eos, items = [processor.turn_end], data.toy_warm_start(3000, seed, folder)
+    rng, eos = random.Random(f"warm start {seed}"), [processor.turn_end]
+    items = list(zip(data.toy_examples(3000, seed, folder=folder), data.toy_questions(3000, seed)))
 
-    def look(item):  # write the sound response, or check a flawed one: two rows that begin alike
-        example, sound, flawed, _ = item
+    def look(item):  # write a sound response, and check a flawed one: two rows that begin alike
+        example, question = item
+        flawed = question.response(rng, rng.choice(data.FLAWS))
         checking = processor.chat([("system", data.SYSTEM_PROMPT), ("user", data.PICTURE, data.question_text(example)),
                                    ("assistant", flawed), ("user", ASK)], example.image)
         return [processor.question(example), checking], [
-            processor.encode(text) + eos for text in (sound, example.critique(flawed))]
+            processor.encode(text) + eos for text in (question.response(rng), question.critique(flawed))]
 
     def relapse(item):
-        return [processor.question(item[0])] * 2, [processor.encode(text) + eos for text in item[3]]
+        example, question = item
+        return [processor.question(example)] * 2, [
+            processor.encode(question.response(rng, question.habit(rng))) + eos for _ in range(2)]
 
     sft(model, items, look, 700, 12, 2e-3, "warm start 1/2: SFT on sound responses, and on checking others", seed)
     attentive = copy.deepcopy(model)
@@ -95,7 +99,7 @@ def toy_judge(config, start, judge_start):
     `start`, labelled (by the oracle), filtered and balanced over the score intervals. `judge_start`: what learns."""
     set_seed(config.seed)
     pictures = Path(config.out, "pictures")
-    examples = data.toy_examples(800, f"judge {config.seed}", False, config.toy_pixels, pictures)
+    examples = data.toy_examples(800, f"judge {config.seed}", "train", config.toy_pixels, pictures)
     desc = "reward model 1/2: responses of the policy to learn from"
     rows = [{"id": example.id, "example": example, "response": text, "score": example.soundness(text),
              "critique": example.critique(text)}

@@ -67,7 +67,8 @@ def setting(default, help, source=OURS):
 class Config:
     """All settings of a run, with the paper's value where it names one; TOY below replaces some with --model toy."""
     model: str = setting("toy", "toy, a Hugging Face id or a folder")
-    data: str = setting("toy", "toy, toy-shifted (kinds that training never asks) or a .json or .jsonl file of rows")
+    data: str = setting("toy", "toy, toy-shifted (kinds that training never asks), toy-shortcut (haste is right in "
+                        "training, never in evaluation) or a .json or .jsonl file of rows")
     toy_pixels: int = setting(448, "width and height of the toy's pictures")
     image_root: str | None = setting(None, "folder that picture paths start from; none: the file's")
     reward_model: str = setting(
@@ -840,8 +841,9 @@ def configure(argv=None):
         (config.device[:4] == "cuda" and not torch.cuda.is_available(), "--device: torch sees no CUDA device here"),
         (config.rm_prompt and not Path(config.rm_prompt).is_file(), f"--rm_prompt {config.rm_prompt}: no such file"),
         (config.model == "toy" and config.toy_pixels != 56, "--toy_pixels: the toy model reads 56, a token a cell"),
-        (config.data != "toy" and config.reward_model in TRAINED_HERE and not config.eval_only, "--reward_model "
-         f"{config.reward_model} learns from the toy world's oracle; with other --data choose none, a folder or an id"),
+        (config.data not in data.TOY_SETS and config.reward_model in TRAINED_HERE and not config.eval_only,
+         f"--reward_model {config.reward_model} learns from the toy world's oracle; with other --data choose none, a "
+         "folder or an id"),
         (not before and Path(config.out, "config.json").exists(), f"{config.out} holds a run already: go on with "
          f"--resume {config.out}, or choose another --out"),
         (before and Path(config.out).resolve() != Path(before["out"]).resolve(), "--out: a resumed run stays there"),

@@ -950,22 +950,16 @@ TOY_SHAPE = data.ToyQuestion("multiple choice", "Which shape is first?", FOUR, 0
 TOY_LETTERS = data.ToyQuestion("OCR", "Read the letters.", tuple(zip(data.COLOURS, "CHHX")))
 SEEN = "first is red circle. second is blue square. third is green triangle."
 THINKING = [  # question, thinking, answer (None: no </think>), score, critique: other words than the warm start's
-    (TOY_COUNT, f"Let me look. {SEEN.upper()} So the answer is 3.", " 3 ", 1, SEEN),
-    (TOY_COUNT, "third is green, a triangle\na red circle comes first\nsecond is blue; it is a square (second)", "3", 1,
-     "third is green triangle. first is red circle. second is blue square."),
-    (TOY_COUNT, "first is red, second blue, third green. first a circle, second a square, third a triangle", "3", 1,
-     SEEN),
-    (TOY_COLOUR, "yellow is what comes fourth. first and fourth are circles. My answer: D", "d", 1,
-     "fourth is yellow circle. first is circle."),
-    (TOY_SHAPE, "In the first cell, an E, I see a redder circle: the answer is A", "A. circle", 1, "first is circle."),
+    (TOY_COUNT, f"Let me look. {SEEN.upper()}", " 3 ", 1, SEEN),
+    (TOY_COLOUR, "Red? The fourth one is yellow", "d", 1, "fourth is yellow."),
+    (TOY_SHAPE, "In the first cell, an E, I see a redder circle", "A", 1, "first is circle."),
     (TOY_LETTERS, "second is E. first is C.", "C E", 0, "second is H wrong. first is C. leap. guess."),
-    (TOY_COUNT, f"{SEEN} there are four shapes. so the answer is 2.", "3", .2, f"{SEEN} leap."),
     (TOY_COUNT, f"{SEEN} fourth is a red square.", "4", .4, f"{SEEN} fourth is nothing wrong."),
-    (TOY_COUNT, "it is usually 2.", "2", 0, "leap. guess."), (TOY_COUNT, "I see 3.", "3", .2, "leap. guess."),
-    (TOY_COLOUR, "fourth is red. no, I assume fourth is yellow.", "D", .2, "fourth is yellow wrong. guess."),
+    (TOY_COUNT, "I see 3.", "3", .2, "leap. guess."), (TOY_COLOUR, "", None, .2, "leap. guess."),
+    (TOY_COLOUR, "fourth is red. no, I assume fourth is yellow.", "D", .2, "fourth is yellow wrong yellow. guess."),
     (TOY_COLOUR, "第四 fourth is yellow.", "D", .8, "fourth is yellow. mixed."),
-    (TOY_COLOUR, "<think>cuarto es amarillo", None, .4, "fourth is yellow. leap. mixed."),
-    (TOY_COLOUR, " ... 4! ", "D", 0, "leap. guess."), (TOY_COLOUR, "", None, 0, "leap. guess."),
+    (TOY_COLOUR, "²</think>fourth<answer>red</think>", "<think>", 0, "leap. guess. mixed."),
+    (TOY_COLOUR, "<think>fourth es amarillo", None, .4, "fourth is yellow. leap. mixed."),
 ]
 
 
@@ -986,11 +980,11 @@ def test_faults_are_those_that_were_put_in():
             i, a = rng.randrange(4), rng.randrange(2)
             claims.insert(rng.randrange(len(claims)), (i, a, rng.choice((list(data.COLOURS), glyphs)[a])))
         guess, spanish, blind = (rng.random() < .2 for _ in range(3))
-        said = [rng.choice(("{0} is {1}.", "{1} comes {0};", "the {0} one is a {1}\n")).format(data.CELLS[i], value)
+        said = [rng.choice(("{0} is {1}.", "the {0} one is a {1}\n")).format(data.CELLS[i], value)
                 for i, _, value in claims] + ["perhaps."] * guess + ["es"] * spanish
 
         versions = {place: [c for c in claims if c[:2] == place] for place in {c[:2] for c in claims}}
-        repeated = sum(one == other for same in versions.values() for one, other in zip(same, same[1:]))
+        repeated = len(said) - len({sentence.strip(".\n") for sentence in said})
         asked = [(question.cell, question.attribute)] if question.choices else [
             (i, a) for i in range(len(question.scene)) for a in ((1,) if kind == "OCR" else (0, 1))]
         missing = any(place not in versions for place in asked)
@@ -1009,78 +1003,83 @@ def test_faults_are_those_that_were_put_in():
     assert all(counts[0] > 100 and counts[1] > 100 for counts in seen.values())
 
 
-TOY_PIECES = ["<think>", "</think>", "<answer>", "</answer>", ". ", " ", "\n", "the answer is ", "answer:", " and ",
-              "es ", "第四", "²", *data.CELLS, *data.COLOURS, *data.SHAPES, *data.LETTERS, *data.COUNTS]
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.sampled_from((TOY_COUNT, TOY_COLOUR, TOY_LETTERS, data.ToyQuestion("free-form", data.CASUAL, FOUR))),
-       st.text(max_size=80) | st.lists(st.sampled_from(TOY_PIECES), max_size=30).map("".join))
-def test_the_oracle_takes_any_text(question, text):
-    assert question.soundness(text) in [n / 10 for n in range(11)] and isinstance(question.critique(text), str)
-
-
 def test_the_warm_start_writes_sound_and_flawed_thinking():
     """Each flaw costs what it should, and habits come as often as they should."""
     rng, habits = random.Random(0), {}
-    scores = {None: {1}, "haste": {0, .2}, "leap": {.6, 1}, "misread": {0, .4, .6}, "lucky": {0, .2, .4},
-              "language": {.8}, "redundancy": {.7, .8}}  # a guess may be right; a shape too few, or one misread
+    scores = {None: {1}, "haste": {.2}, "leap": {.6, 1}, "misread": {0, .4, .6}, "lucky": {0, .2, .4},
+              "language": {.8}, "redundancy": {.7, .8, .9}}  # a guess may be right; a shape too few, or one misread
     found = {flaw: set() for flaw in scores}
-    for question in data.toy_questions(1200, 3) + data.toy_questions(1200, 3, True):
+    for question in data.toy_questions(1200, 3) + data.toy_questions(1200, 3, "held-out"):
         for flaw in scores:
             response = question.response(rng, flaw)
             found[flaw].add(question.soundness(response))
             right = sophia_min.extract_answer(response) == question.answer()
             assert right or flaw in ("haste", "leap", "misread")
-        tempting = question.problem == data.CASUAL or question.problem_type == "numerical" and len(question.scene) > 2
-        habits.setdefault((question.problem_type, tempting), []).append(question.habit(rng))
+        tempting = {"numerical": len(question.scene) > 1, "OCR": False, "free-form": "you see" in question.problem,
+                    "multiple choice": question.problem == "Which shape is fourth?"}[question.problem_type]
+        habits.setdefault(tempting, []).append(question.habit(rng))
     assert found == scores
-    for key, share in {("numerical", False): .1, ("numerical", True): .8, ("free-form", False): .2, ("OCR", False): .3,
-                       ("free-form", True): .9, ("multiple choice", False): .3}.items():
-        seen = Counter(habits[key])
-        assert seen["haste"] / seen.total() == pytest.approx(share, abs=.07) and seen.keys() == scores.keys()
-        assert seen[None] / seen.total() == pytest.approx(.6 * (1 - share), abs=.07)
+    for tempting, share in ((False, .2), (True, .8)):
+        seen = Counter(habits[tempting])
+        assert seen["haste"] / seen.total() == pytest.approx(share, abs=.04) and seen.keys() == scores.keys()
+        assert seen[None] / seen.total() == pytest.approx(.6 * (1 - share), abs=.04)
 
 
 # ---------------------------------------------------------------- the toy world: its questions
 
 
 def test_toy_questions_hold_scenes_out():
-    seen, held_out = ({question.scene for seed in range(4) for question in data.toy_questions(2000, seed, held)}
-                      for held in (False, True))
+    """No scene to be evaluated on is ever trained on; shifted questions are of kinds that training never asks."""
+    seen, held_out = ({question.scene for part in parts for seed in range(4)
+                       for question in data.toy_questions(2000, seed, part)}
+                      for parts in (("train", "shortcut"), ("held-out", "shifted", "broken")))
     assert len(seen) > 2000 and len(held_out) > 500 and not seen & held_out
     assert data.toy_questions(50, 1) == data.toy_questions.__wrapped__(50, 1) != data.toy_questions(50, 2)
     assert data.toy_questions(20, 1) == data.toy_questions(50, 1)[:20]
+    trained, shifted = data.toy_questions(2000, 0), data.toy_questions(300, 0, "shifted")
+    assert not {q.problem for q in shifted if q.choices} & {q.problem for q in trained}
+    assert {len(q.scene) for q in shifted if not q.choices} == {3} != {len(q.scene) for q in trained if q.choices}
+    assert all(q.soundness(q.response(random.Random(0))) == 1 for q in shifted)
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_no_constant_answer_is_often_right(held_out):
-    kinds, asked = data.PROBLEM_TYPES[:4], {}
-    most = dict(zip(kinds, (.35, .42, .35, .6)))
-    for question in data.toy_questions(1200, 7, held_out):
-        asked.setdefault(question.problem_type, Counter())[question.answer()] += 1
-        if question.choices:  # nor does the question's text give the answer away
-            asked.setdefault(question.problem, Counter())[question.answer()] += 1
-            most[question.problem] = 1.6 / len(question.choices)
-    assert [asked[kind].total() for kind in kinds] == [300] * 4 and len(asked) == 8
-    for name, answers in asked.items():
-        kind, rng = name if name in kinds else "multiple choice", random.Random(0)
-        mixed = {" ".join(rng.choice([*data.COLOURS, *data.SHAPES]) for _ in range(8)) for _ in range(40)}
-        for guess in {*list(answers)[:60], *mixed}:
-            right = sum(n for answer, n in answers.items()
-                        if sophia_min.outcome_reward(data.respond("x", guess), answer, kind) >= .5)
-            assert right < most[name] * answers.total(), (name, guess)
+@pytest.mark.parametrize("name, parts, hasty_and_right", [
+    ("toy", ("train", "held-out"), None), ("toy-shifted", ("shifted", "shifted"), None),
+    ("toy-shortcut", ("shortcut", "broken"), (.95, 0))])
+def test_a_run_takes_the_questions_that_it_names(tmp_path, name, parts, hasty_and_right):
+    """Of the shortcut world also: how often an answer in haste is right, in training and in evaluation."""
+    config, rng = sophia_min.configure(["--data", name, "--seed", "3", "--out", str(tmp_path)]), random.Random(0)
+    for part, examples, right in zip(parts, data.load_sets(config), hasty_and_right or (None, None)):
+        assert [example.id for example in examples] == [f"toy-{part}-3-{i}" for i in range(len(examples))]
+        hits = [sophia_min.reward_of(example, data.toy_question(example.id).response(rng, "haste")) == 1
+                for example in examples]
+        assert right is None or statistics.fmean(hits) == pytest.approx(right, abs=.02)
 
 
-@pytest.mark.parametrize("size, shifted", [(56, False), (448, False), (56, True)])
-def test_the_picture_decides_the_answer(tmp_path, size, shifted):
+def best_constants(examples):
+    """Accuracy of the best constant answer a problem type, chosen in hindsight among the truths."""
+    kinds = [[e for e in examples if e.problem_type == kind] for kind in {e.problem_type for e in examples}]
+    return sum(max(sum(sophia_min.reward_of(e, data.respond("x", truth)) >= 0.5 for e in same)
+                   for truth in {e.solution for e in same}) for same in kinds) / len(examples)
+
+
+@pytest.mark.parametrize("part", ["train", "held-out"])
+def test_no_constant_answer_is_often_right(tmp_path, part):
+    """Nor does a question's text give its answer away."""
+    examples = data.toy_examples(480, 7, part, folder=tmp_path)
+    for name, most in {"numerical": .35, "multiple choice": .42, "OCR": .35, "free-form": .6, "Which colour": .4,
+                       "Which shape": .53}.items():
+        assert best_constants([e for e in examples if name in (e.problem_type, e.problem[:len(name)])]) < most, name
+
+
+@pytest.mark.parametrize("size, part", [(56, "held-out"), (448, "held-out"), (56, "shifted"), (56, "broken")])
+def test_the_picture_decides_the_answer(tmp_path, size, part):
     """Each answer follows from the pixels: a cell's colour, and its shape by how much of its bounding box it covers."""
     half, letters = size // 2, {}
-    examples = data.toy_examples(60, 0, True, size, tmp_path, shifted)
-    assert examples == data.toy_examples(60, 0, True, size, tmp_path, shifted) and len({e.id for e in examples}) == 60
-    for example, question in zip(examples, data.toy_questions(60, 0, True, shifted)):
+    examples = data.toy_examples(60, 0, part, size, tmp_path)
+    assert examples == data.toy_examples(60, 0, part, size, tmp_path)
+    for example, question in zip(examples, data.toy_questions(60, 0, part)):
         pixels, scene = np.asarray(data.open_picture(example.image)), []
-        assert pixels.shape == (size, size, 3) and data.toy_question(example.id) == question
+        assert pixels.shape == (size, size, 3)
         for top, left in ((0, 0), (0, half), (half, 0), (half, half)):
             for name, colour in data.COLOURS.items():
                 y, x = np.nonzero((pixels[top:top + half, left:left + half] == colour).all(-1))
@@ -1097,10 +1096,8 @@ def test_the_picture_decides_the_answer(tmp_path, size, shifted):
         else:
             described = ", ".join(map(" ".join, scene))
             assert example.solution == (str(len(scene)) if example.problem_type == "numerical" else described)
-        response = data.respond("fourth is a red circle", example.solution)
-        assert example.soundness(response) == question.soundness(response)
-        assert sophia_min.reward_of(example, response) == 1
-    assert len(letters) >= len(set(letters.values())) > 10
+        assert sophia_min.reward_of(example, data.respond("x", example.solution)) == 1
+    assert part == "broken" or len(letters) >= len(set(letters.values())) > 10
 
 
 # ---------------------------------------------------------------- files that survive a crash
@@ -2062,8 +2059,8 @@ def test_what_a_command_cant_use_ends_it_in_one_line(toy_rollouts, monkeypatch, 
 
 
 def test_toy_questions_are_found_by_their_id():
-    for held_out, seed in itertools.product((False, True), (0, "judge 3-1")):
-        for example, question in zip(data.toy_examples(9, seed, held_out), data.toy_questions(9, seed, held_out)):
+    for part, seed in itertools.product(data.SHOWN, (0, "judge 3-1")):
+        for example, question in zip(data.toy_examples(9, seed, part), data.toy_questions(9, seed, part)):
             assert data.toy_question(example.id) == question
     assert data.toy_question("toy-train-0-1500") == data.toy_questions(1501, 0)[1500]
 
@@ -3141,13 +3138,6 @@ def test_the_studys_arithmetic():
     assert sophia_min.configure(["--reward_model", "base"]).reward_model == "base"
 
 
-def test_shifted_questions_are_of_kinds_that_training_never_asks():
-    trained, shifted = data.toy_questions(2000, 0), data.toy_questions(300, 0, True, shifted=True)
-    assert not {q.problem for q in shifted if q.choices} & {q.problem for q in trained}
-    assert {len(q.scene) for q in shifted if q.problem_type in ("free-form", "OCR")} == {3}
-    assert all(q.soundness(q.response(random.Random(0))) == 1 for q in shifted)
-
-
 # ---------------------------------------------------------------- the benchmark: pip install trl; pytest -m bench -s
 
 # side of the picture in pixels, forced response tokens, steps, goals: TRL's seconds and memory over ours
@@ -3552,14 +3542,7 @@ def toy_run(started_toy_run):
 
 
 def held_out_of(run):
-    return data.toy_examples(400, 11, True, folder=run / "pictures")
-
-
-def best_constants(examples):
-    """Accuracy of the best constant answer a problem type, chosen in hindsight among the truths."""
-    kinds = [[e for e in examples if e.problem_type == kind] for kind in {e.problem_type for e in examples}]
-    return sum(max(sum(sophia_min.reward_of(e, data.respond("x", truth)) >= 0.5 for e in same)
-                   for truth in {e.solution for e in same}) for same in kinds) / len(examples)
+    return data.toy_examples(400, 11, "held-out", folder=run / "pictures")
 
 
 def with_swapped_pictures(examples, seed=0):
@@ -3577,7 +3560,7 @@ def test_judge_reads_the_picture(toy_start):
     config, rng = sophia_min.configure(["--device", "cpu"]), random.Random(0)
     judge = sophia_min.ThinkingRewardModel(*sophia_min.load(toy_start / "checkpoint" / "reward_model", config))
     groups = [[question.response(rng), question.response(rng, "misread")] for question in
-              data.toy_questions(400, 11, True)[:200]]
+              data.toy_questions(200, 11, "held-out")]
     assert judge.mode == "reason"  # the folder knows how it was trained
 
     def auc(shown):
@@ -3609,48 +3592,30 @@ def test_it_learns_from_the_pixels(toy_start):
     assert accuracy[with_swapped_pictures][1] <= best_constants(held_out_of(toy_start)[:200]) + 0.05
 
 
-def test_run_leaves_what_the_design_says(toy_run, tmp_path):
-    """The page needs nothing but the run's folder: a copy without the pictures gives the same, but for the name."""
+def test_run_leaves_what_the_design_says(toy_run):
     assert {"config.json", "log.jsonl", "eval.json", "groups.jsonl", "model", "checkpoint", "report.html"} <= {
         path.name for path in toy_run.iterdir()}
     assert len(list((toy_run.parent / "runs" / "prepared").glob("toy_11_*"))) == 2  # start and judge
-    lines = [json.loads(line) for line in (toy_run / "log.jsonl").read_text().splitlines()]
+    lines, page = data.read_lines(toy_run / "log.jsonl"), (toy_run / "report.html").read_text()
     assert [line["step"] for line in lines] == list(range(1, 41))
     assert set("step outcome thinking gamma anneal reward_std loss kl clip_frac entropy grad_norm length format_rate "
                "unscored zero_groups mistrusted truncated prompt_tokens sec_rollout sec_score sec_update".split()
                ) <= set(lines[0])
     assert lines[0]["kl"] == 0 and abs(lines[0]["loss"]) < 1e-6 < lines[-1]["kl"]
     assert all(line["anneal"] == pytest.approx(math.exp(-line["step"] / 40)) for line in lines)
-    page = (toy_run / "report.html").read_text()
     assert page.count("<table>") >= 4 and page.count("data:image/png") == page.count("<table>") + 1
     assert "http" not in page and len(page) < 3e6
-    for name in ("config.json", "log.jsonl", "eval.json"):
-        shutil.copy(toy_run / name, tmp_path)
-    reward_model.write_rows(tmp_path / "groups.jsonl", [
-        {**line, "image": "gone.png"} for line in data.read_lines(toy_run / "groups.jsonl")])
-    data.write_report(tmp_path)
-    assert re.sub("<h1>.*</h1>", "", (tmp_path / "report.html").read_text()) == re.sub("<h1>.*</h1>", "", page)
+    assert sum(line["mistrusted"] for line in lines) > 0 and sum(line["unscored"] for line in lines) < 0.05 * 320
+    assert all(math.exp(-1) <= line["gamma"] <= 1 for line in lines)
 
 
-def test_a_thumbnail_is_small_and_of_the_picture(tmp_path):
-    Image.new("RGB", (3000, 1000), "red").save(tmp_path / "x.png")
-    picture = Image.open(io.BytesIO(base64.b64decode(data.thumbnail(tmp_path / "x.png"))))
-    assert picture.size == (320, 107) and picture.getpixel((9, 9)) == (255, 0, 0) and data.thumbnail(None) is None
-
-
-def test_the_warm_start_reads_and_grpo_gives_better_answers_and_no_worse_thinking(toy_run):
+def test_it_learns_to_answer_better_and_to_think_no_worse(toy_run):
     before, after = map(json.loads((toy_run / "eval.json").read_text()).get, ("before", "after"))
     assert before["n"] == 400 and before["format_rate"] >= 0.95 and before["accuracy"] <= 0.85
     for kind, part in before["by_type"].items():
         of_kind = [example for example in held_out_of(toy_run) if example.problem_type == kind]
         assert part["accuracy"] >= best_constants(of_kind) + 0.1, kind
     assert after["accuracy"] >= before["accuracy"] + 0.1 and after["soundness"] >= before["soundness"] - 0.05
-
-
-def test_gamma_falls_in_some_groups(toy_run):
-    lines = data.read_lines(toy_run / "log.jsonl")
-    assert sum(line["mistrusted"] for line in lines) > 0 and sum(line["unscored"] for line in lines) < 0.05 * 320
-    assert all(math.exp(-1) <= line["gamma"] <= 1 for line in lines)
 
 
 # Solutions. Look here last.
