@@ -733,7 +733,7 @@ class LoRA:
         return getattr(self.policy, name)
 
     def merged(self):
-        """The policy's weights with s B A added. In bf16 that rounds, some 5e-3 nats a token: the adapter is exact."""
+        """The policy's weights with s B A added. In bf16 that rounds: the adapter is the truth."""
         weights = {name: weight for name, weight in self.policy.state_dict().items() if ".lora_" not in name}
         for name, layer in self.layers.items():
             change = self.scale * layer.lora_B.float() @ layer.lora_A.float()

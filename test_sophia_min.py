@@ -2585,7 +2585,8 @@ if world > 1:
     assert held < 0.6 * sum(weight.numel() for weight in model.parameters())
 optimizer, losses = sophia_min.MasterAdamW(model, 1e-3), []
 longer = dataclasses.replace(config, max_new_tokens=30)
-wrote = sophia_min.rollout(model, processor, [examples[q] for q in own], 1, longer, greedy=True)  # unequally long on both ranks
+own_examples = [examples[q] for q in own]
+wrote = sophia_min.rollout(model, processor, own_examples, 1, longer, greedy=True)  # unequally long on both ranks
 layers = [weight for unit in (model.model.language_model.layers, model.model.visual) for weight in unit.parameters()]
 assert all(isinstance(weight, DTensor) == (world > 1) for weight in layers)  # not kept behind it
 wrote = sophia_min.all_gather([ids[mask == 1].tolist() for ids, mask in zip(wrote.ids, wrote.mask)])
@@ -2709,32 +2710,38 @@ def kept_bytes(model, run):
 
 
 def text_bytes(model, rows, tokens, past=0):
-    """What the language model keeps of [rows, tokens] behind `past` others: a real pass, which on "meta" costs nothing."""
-    text, like, cache = model.config.text_config, dict(dtype=model.dtype, device=model.device), DynamicCache()
-    for layer in range(text.num_hidden_layers if past else 0):
-        pair = torch.zeros(2, rows, text.num_key_value_heads, past, text.hidden_size // text.num_attention_heads, **like)
-        cache.update(*pair, layer)
-    embedded = torch.zeros(rows, tokens, text.hidden_size, **like)
-    embedded.requires_grad_(model.get_input_embeddings().weight.requires_grad)
-    positions = torch.zeros(3, rows, tokens, dtype=torch.long, device=model.device)
-    return kept_bytes(model, lambda: model.model.language_model(
-        inputs_embeds=embedded, position_ids=positions, use_cache=True, **{sophia_min.CACHE: cache}))[0]
+    """What the language model keeps of [rows, tokens] behind `past` others: real passes through one and two of its
+    layers, which are all alike; on "meta" they cost nothing."""
+    text, like = model.config.text_config, dict(dtype=model.dtype, device=model.device)
+    language_model, dim, kept = model.model.language_model, text.hidden_size // text.num_attention_heads, []
+    layers = language_model.layers
+    for depth in (1, 2):
+        cache, embedded = DynamicCache(), torch.zeros(rows, tokens, text.hidden_size, **like)
+        for layer in range(depth if past else 0):
+            cache.update(*torch.zeros(2, rows, text.num_key_value_heads, past, dim, **like), layer)
+        embedded.requires_grad_(model.get_input_embeddings().weight.requires_grad)
+        inputs = {"inputs_embeds": embedded, "use_cache": True, sophia_min.CACHE: cache,
+                  "position_ids": torch.zeros(3, rows, tokens, dtype=torch.long, device=model.device)}
+        language_model.layers = layers[:depth]
+        kept.append(kept_bytes(model, lambda: language_model(**inputs))[0])
+    language_model.layers = layers
+    return kept[0] + (kept[1] - kept[0]) * (len(layers) - 1)
 
 
-def vision_bytes(shape, patches, dtype=torch.bfloat16):
-    """What a vision tower of this shape that is trained keeps of a picture: each layer and each patch alike."""
+def vision_bytes(shape, dtype=torch.bfloat16):
+    """What a vision tower of this shape that is trained keeps of a patch, by passes through one and two layers."""
     kept = []
     for depth in (1, 2):
         model, _ = shaped_model(dict(hidden_size=32, intermediate_size=32), shape | dict(
             depth=depth, out_hidden_size=32, fullatt_block_indexes=[0]), dtype)
         picture = torch.zeros(64, 1176, dtype=dtype), torch.tensor([[1, 8, 8]])
-        kept.append(kept_bytes(model, lambda: model.model.visual(*picture))[0])
-    return (kept[0] + (kept[1] - kept[0]) * (shape["depth"] - 1)) * patches // 64
+        kept.append(kept_bytes(model, lambda: model.model.visual(*picture))[0] // 64)
+    return kept[0] + (kept[1] - kept[0]) * (shape["depth"] - 1)
 
 
-def memory(config, policy, judge=None, vision=None):
+def memory(config, policy, judge=None, a_patch=0):
     """Bytes on one card, {part: bytes}: the rollout's peak and the update's, with what they are made of. A prompt is as
-    long as its picture; what a forward pass holds for a moment isn't counted."""
+    long as its picture, of which the vision tower keeps `a_patch`; what a pass holds for a moment isn't counted."""
     text, size = policy.config.text_config, policy.dtype.itemsize
     trained = sum(weight.numel() for weight in policy.parameters() if weight.requires_grad)
     patches, new, n = config.max_pixels // 14 ** 2, config.max_new_tokens, config.micro_batch
@@ -2744,8 +2751,7 @@ def memory(config, policy, judge=None, vision=None):
              "cache": config.questions_per_step * (prompt + group * (prompt + new)) * text.num_hidden_layers * 2 * size
              * text.num_key_value_heads * text.hidden_size // text.num_attention_heads}
     resting = found["weights"] + found["judge"] + 12 * trained * (not config.offload_optimizer)
-    prompts = max(1, n // group) * (text_bytes(policy, 1, prompt) + (
-        vision_bytes(vision, patches) if vision and not config.lora else 0))
+    prompts = max(1, n // group) * (text_bytes(policy, 1, prompt) + a_patch * patches)
     logits = n * new * text.vocab_size * (size + 4 * 4)  # in fp32 scaled, allowed, their softmax, its entropy
     found["rollout"] = resting + found["cache"]
     found["update"] = resting + 4 * trained + prompts + text_bytes(policy, n, new, prompt) + logits
@@ -2761,7 +2767,7 @@ def test_memory_by_part_is_that_of_the_tensors(road, road_examples, rank):
     reference = sophia_min.LoRA(model, rank, "") if rank else copy.deepcopy(model)
     prompt, vision = road[1].question(road_examples["pictures"][1]), model.config.vision_config.to_dict()
     kept, prefix = kept_bytes(model, lambda: sophia_min.PrefixCache(model, [[prompt] * 2]))
-    text = text_bytes(model, 1, len(prompt.ids)) + (0 if rank else vision_bytes(vision, 64, model.dtype))
+    text = text_bytes(model, 1, len(prompt.ids)) + 64 * (0 if rank else vision_bytes(vision, model.dtype))
     assert kept == pytest.approx(text, rel=0.02)
     prefix.detached()
     kept, _ = kept_bytes(model, lambda: sophia_min.target_logits(model, prefix, torch.arange(2), [[300] * 20] * 2))
@@ -2806,15 +2812,17 @@ def test_memory_of_the_published_sizes():
         if config.lora:
             sophia_min.LoRA(policy, config.lora, "")
         return memory(config, policy, judge if config.reward_model != "none" else None,
-                      None if config.freeze_vision else VISION)
+                      0 if config.lora or config.freeze_vision else a_patch)
 
-    judge = shaped(QWEN_3B)
+    judge, a_patch = shaped(QWEN_3B), vision_bytes(VISION)
     assert sum(weight.numel() for weight in judge.parameters()) == 3_754_622_976
     print(f"\n{'GB':<26}" + "".join(f"{part:>9}" for part in ("weights", "judge", "cache", "rollout", "update")))
     for more in ("--micro_batch 1", SMALL):
         print(f"with {more}")
         for name, text, flags in SIZES:
             print(f"{name:<26}" + "".join(f"{size / 1e9:9.1f}" for size in found(text, f"{flags} {more}").values()))
+    for flag in ("--questions_per_step 8", "--max_pixels 401408", "--max_new_tokens 512"):
+        print(f"cache with {flag}: {found(QWEN_3B, f'--lora 16 {flag}')['cache'] / 1e9:.1f}")
     for card, text, flags in CARDS:
         sizes = found(text, flags)
         print(f"{card} GB: {'37'[text is QWEN_7B]}B {flags}: {max(sizes.values()) / 1e9:.1f}")
