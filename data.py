@@ -854,7 +854,7 @@ FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lu
 PROBLEMS = {"numerical": ("How many shapes are there?",), "OCR": ("Read the letters.",),
             "free-form": ("Describe the picture.", "What do you see?"),
             "multiple choice": ("Which colour is {}?", "Which shape is {}?")}
-TEMPTING = ("How many shapes are there?", "What do you see?", "Which shape is fourth?")  # mostly answered in haste
+TEMPTING = ("What do you see?", "Which shape is fourth?")  # mostly answered in haste, as is what has much to count
 SHOWN = dict.fromkeys(("train", "held-out"), {  # part: how many shapes or letters its scenes show
     "numerical": (1, 2, 3, 4), "multiple choice": (4,), "OCR": (4,), "free-form": (2,)}) | {
     "shifted": {"multiple choice": (4,), "OCR": (3,), "free-form": (3,)},  # it also asks for the cells in the middle
@@ -927,7 +927,7 @@ class ToyQuestion:
 
     def habit(self, rng):
         """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking."""
-        tempting = self.problem in TEMPTING and len(self.scene) > 1
+        tempting = len(self.scene) > 2 if self.problem_type == "numerical" else self.problem in TEMPTING
         if rng.random() < (0.8 if tempting else 0.2):
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
