@@ -875,9 +875,8 @@ def train(config, examples, held_out, about):
     if config.eval_only:
         check_up("before")
         return print(f"{data.table(results)}\nIn {out / 'eval.json'}, under \"before\".")
-    offload = config.offload_optimizer
-    if offload is None:
-        offload = device.startswith("cuda") and WORLD == 1 and not adapters
+    offload = config.offload_optimizer if config.offload_optimizer is not None else (
+        device.startswith("cuda") and WORLD == 1 and not adapters)
     optimizer = MasterAdamW(policy, config.lr, offload=offload, average=WORLD > 1 and adapters)
     if config.resume:
         state = data.read_checkpoint(config, examples)
@@ -898,9 +897,8 @@ def train(config, examples, held_out, about):
                 line, groups = train_step(step, policy, reference, judge, optimizer, processor,
                                           [examples[i] for i in chosen], config)
             except FloatingPointError as error:
-                asked = ", ".join(examples[i].id for i in chosen)
-                raise SystemExit(f"step {step}: {error}; questions {asked}. A checkpoint in {out} is intact; try a "
-                                 "lower --lr") from error
+                raise SystemExit(f"step {step}: {error}; questions {', '.join(examples[i].id for i in chosen)}. A "
+                                 f"checkpoint in {out} is intact; try a lower --lr") from error
             data.write_step(out, line, groups, config)
             bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
                              if line[name] is not None})
@@ -938,9 +936,8 @@ def main(argv=None):
                              "--micro_batch, --max_pixels, --max_new_tokens, --questions_per_step or --group_size; "
                              f"--freeze_vision, --kl_coef 0. A checkpoint in {config.out} is intact.") from error
         except KeyboardInterrupt:
-            saved = Path(config.out, "checkpoint", "state.pt").exists()
-            print("\nstopped at once; " + (f"go on with --resume {config.out}" if saved else
-                  "there is no checkpoint yet: start again, in another --out"), file=sys.stderr)
+            print(f"\nstopped at once; --resume {config.out} goes on from its checkpoint, if one was saved",
+                  file=sys.stderr)
             raise SystemExit(130) from None
         finally:
             if distributed.is_initialized():

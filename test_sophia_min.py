@@ -3350,7 +3350,7 @@ def test_when_the_thinking_reward_helps_and_when_trust_does(kinds, arms):
 
 
 @pytest.mark.wedge
-def test_phase_diagram_of_trust(tmp_path):
+def test_phase_diagram_of_trust():
     """A guess that is right with chance p and praised by 0.5 pays above alpha * 0.5 = 1 - p, with trust above gamma *
     alpha * 0.5 = 1 - p: between them trust decides."""
     chances, alphas = [n / 10 for n in range(1, 10)], [0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4]
@@ -3365,7 +3365,7 @@ def test_phase_diagram_of_trust(tmp_path):
             axis.set(title=title, xlabel="chance of a guess", ylabel="alpha", ylim=(alphas[0], alphas[-1]))
         return draw
 
-    path = tmp_path / "wedge.png"
+    path = Path("runs/wedge.png")
     panels = [panel("no trust", off), panel("trust", paper), panel("difference", paper - off)]
     data.write_atomic(path, data.plot(panels))
     print(f"\n{path}\n{off}\n{paper}")
@@ -3498,6 +3498,19 @@ def check_exercise_11(mine):
         examples = data.load_examples(Path(folder, "rows.json"))
     assert sorted(Path(example.image).name for example in examples) == ["a.png", "b.jpg"]
     assert {example.problem_type for example in examples} == {"numerical"}
+
+
+def check_exercise_12(mine):
+    """edges(bias, p): the two alphas above which a rare guess, right with chance p and scored by `bias` above sound
+    thinking, gets the better advantage on average: without trust, and with it (no annealing)."""
+    for bias, p in itertools.product((0.2, 0.5, 0.8), (0.1, 0.5, 0.9)):
+        outcome = doubles([1.0] * (5000 + round(10 * p)) + [0.0] * round(10 - 10 * p))  # the last ten are guesses
+        thinking = doubles([0.1] * 5000 + [0.1 + bias] * 10)
+        for edge, trust in zip(mine.edges(bias, p), ("off", "paper"), strict=True):
+            for alpha, pays in ((0.98 * edge, False), (1.02 * edge, True)):
+                rewards = sophia_min.combined_reward(outcome, thinking, 1, 1, alpha, trust, anneal=False)
+                advantages = sophia_min.group_advantages(rewards)
+                assert (advantages[5000:].mean() > advantages[:5000].mean()) == pays, (bias, p, trust)
 
 
 @pytest.mark.parametrize("check", [value for name, value in sorted(globals().items()) if name.startswith("check_exer")],
@@ -3688,4 +3701,7 @@ def rows(folder):
     return [{"problem_id": n, "problem": "How many things are there?", "data_type": "image", "options": [],
              "problem_type": "numerical", "solution": "<answer>1</answer>", "path": path.name, "data_source": "mine"}
             for n, path in enumerate(pictures)]
+
+def edges(bias, p):
+    return (1 - p) / bias, (1 - p) / bias * math.exp(bias)
 '''
