@@ -568,10 +568,10 @@ def adapter_keys(name):
 # A number or an option is read into tokens (`read`) in one spelling for what Unicode, LaTeX and Markdown write in many,
 # then (`fold`) without sloppy capitals and brackets that only group. Numbers compare as numbers, all else as tokens.
 
-LONGEST = 400  # characters; a longer text is no number, and its tokens are its words
+LONGEST = 400  # characters; a longer text is no number, but words
 SAME_SIGN = str.maketrans("−–—‐⁄∕∶×·⋅٫٬،。٪‘’′“”″", "----//:***.,,.%'''\"\"\"")
 SIGNS = {"times": "*", "cdot": "*", "circ": "°", "neq": "≠", "infty": "∞", "triangle": "△", "to": "→",
-         "sqrt": "√"}  # of LaTeX; Greek letters and many other signs have the same names in HTML
+         "sqrt": "√"}  # of LaTeX; HTML has the same names for Greek letters and most signs
 SAME_WORD = {"pi": "π", "sqrt": "√", "''": '"', "<=": "≤", ">=": "≥", "!=": "≠", "- ": "–"}
 MARKUP = [
     ("[²³¹⁰-ⁿ]+", r"^{\g<0>}"), ("[₀-ₜ]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0> "), (r"\\[dtc]?frac *", "⨸"),
@@ -650,10 +650,9 @@ VALUE = re.compile(  # -$1.5 * 10^3, 2^10, 1 1/2, 2√3, √3/2, (2/3)π, 1/(2π
 FACTOR = re.compile(r"√ (\d+)|(\d*\.?\d\S*)(?: \^ (-?\d+))?")
 UNITS = {}  # what a spelling may mean, as a pound is lb or £
 SI = "m g s L l W V A J N Pa Hz eV mol Ω cal Wh K C F T B bar t yd oz rad".split()
-OTHERS = ("m meter 米|km kilometer|cm centimeter 厘米|mm millimeter|g gram 克|kg kilogram"
-          "|L liter|mL milliliter|s second|J joule|N newton|% percent|° degree|mi mile|min minute"
-          "|in inch inches \"|ft foot feet '|lb pound|h H hr hour|year yr|month|个|¢ cent|$ dollar usd US$|€ euro eur"
-          "|£ pound|yen 円 ¥|yuan 元 ¥|₹ rupee rs inr|₩ won")
+OTHERS = ("m meter 米|km kilometer|cm centimeter 厘米|mm millimeter|g gram 克|kg kilogram|L liter|mL milliliter|s second"
+          "|J joule|N newton|% percent|° degree|mi mile|in inch inches \"|ft foot feet '|lb pound|min minute"
+          "|h H hr hour|year yr|month|个|¢ cent|$ dollar usd US$|€ euro eur|£ pound|yen 円 ¥|yuan 元 ¥|₹ rupee rs inr|₩ won")
 for group in [names.split() for names in OTHERS.split("|")] + [
         [prefix + name] for prefix in ["", *"kMGTmcdμnph"] for name in SI]:
     for form in group + [name + "s" for name in group if len(name) > 1]:
@@ -781,10 +780,11 @@ def word_error_rate(answer: str, truth: str) -> float:
 
 def rouge_words(text: str) -> list[str]:
     """Lower-case runs of letters, marks and digits, or single characters where a script has no spaces."""
-    # one spelling of é; in short pieces, as NFC takes quadratic time on a run of accents
-    text = re.sub(r"\S{1,50}", lambda m: unicodedata.normalize("NFC", m[0]), text).lower()
-    text = re.sub(UNSPACED, r" \g<0> ", text)
-    words = text.translate({ord(c): " " for c in set(text) if unicodedata.category(c)[0] not in "LMN"}).split()
+    if not text.isascii():  # one spelling of é; in short pieces, as NFC takes quadratic time on a run of accents
+        text = re.sub(r"\S{1,50}", lambda m: unicodedata.normalize("NFC", m[0]), text)
+    text = text.lower()
+    signs = {ord(c): " " for c in set(text) if unicodedata.category(c)[0] not in "LMN"}
+    words = text.translate(signs | {ord(c): f" {c} " for c in set(re.findall(UNSPACED, text))}).split()
     return words or text.split()  # a text of signs alone still equals itself
 
 
