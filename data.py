@@ -26,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from html import escape
+from html.entities import html5
 from itertools import groupby
 from pathlib import Path
 from reprlib import repr as show  # any value on one short line, nesting cut: a row may hold anything
@@ -563,145 +564,119 @@ def adapter_keys(name):
 
 # ---------------------------------------------------------------- text measures
 
-# A number or an option is read into tokens once (`read`): numbers, names, signs, units, brackets, in one spelling for
-# what Unicode, LaTeX and Markdown write in many; then (`fold`) without sloppy capitals and brackets that only group.
-# Numbers compare as numbers, all else as tokens: text with spaces between.
+# A number or an option is read into tokens (`read`) in one spelling for what Unicode, LaTeX and Markdown write in many,
+# then (`fold`) without sloppy capitals and brackets that only group. Numbers compare as numbers, all else as tokens.
 
-LONGEST = 400  # characters; a longer text is no number: its tokens are its words, and no pattern below sees it
-UNSEEN = re.compile("[\xad\u034f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]")
-SAME_SIGN = str.maketrans("−–—‐‒―⁄∕∶×·⋅∙٫٬،。٪º˚‘’′“”″", "------//:****.,,.%°°'''\"\"\"")
-FORMS = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": r"\frac{%s}"}  # NFKC alone: ³ is 3, ₂ is 2, 1½ is 11/2
-GREEK = {unicodedata.name(chr(i)).split()[-1].lower().replace("lamda", "lambda"): chr(i) for i in range(0x3b1, 0x3ca)}
-SIGNS = GREEK | {name.capitalize(): letter.upper() for name, letter in GREEK.items()} | {
-    name[:-1]: name[-1] for name in """times* cdot* ast* div÷ pm± mp∓ le≤ leq≤ ge≥ geq≥ ne≠ neq≠ lt< gt> approx≈ sim~
-    infty∞ angle∠ triangle△ circ° degree° prime' parallel∥ perp⊥ in∈ notin∉ cup∪ cap∩ subset⊂ emptyset∅ to→ rightarrow→
-    leftarrow← uparrow↑ downarrow↓ colon: {⦃ }⦄ sqrt√""".split()}
-SAME_WORD = GREEK | {"sqrt": "√", "''": '"', "<=": "≤", ">=": "≥", "!=": "≠", "- ": "–"}  # –: a dash between spaces
-LATEX = [(re.compile(pattern), plainer) for pattern, plainer in [
-    (r"(?<!\\)\$([^$]*)\$", r" \1 "), (r"\{,\}|,\\! ?", ","), (r"\\!|`", ""),  # $5$, $$5$$; a lone $ is money
-    (r"\\[,;: ()\[\]\\]|\\q?quad(?![a-z])|(?<=\S)~", " "), (r"\\[dtc]?frac *", "⁄"),
-    (r"\\(?:boxed|[fm]box|(?:text|math)[a-z]*|operatorname|emph|rm|bf|it|sf|displaystyle|left|right|[bB]ig|small|large)"
-     r"(?![a-zA-Z]) *", "⌑"), (r"\\([a-zA-Z]+|\S)", lambda m: SIGNS.get(m[1], m[1])), (r" *([{}]) *", r"\1"),
-    (r"(?<![^\s(\[])\*{1,3}(?=\S)|(?<=\S)(?:\*{2,3}(?!\w)|\*$)", "")]]  # **bold**, *italic*
-GROUPS = [(re.compile(pattern), plainer) for pattern, plainer in [  # the innermost first; ⁄ is \frac, ⌑ a font
-    (r"⁄(\w) *(?=[\w{])", r"⁄{\1}"), (r"(⁄\{[^{}]*\})(\w)", r"\1{\2}"), (r"(\d) *⁄\{(\d+)\}\{(\d+)\}", r"\1 \2/\3 "),
-    (r"⁄\{([^{}]*)\}\{([^{}]*)\}", r" ((\1)/(\2)) "), (r"([_^√]) *\{([^{}]*)\}", r"\1(\2) "),
-    (r"⌑\{([^{}]*)\}|(?<![⁄}])\{([^{},]*)\}", r" \1\2 "), (r"(?<![⁄}⌑])\{([^{}]*)\}", r"⦃\1⦄")]]
-ANSWER_IS = re.compile(r"^(?:(?:so|thus|hence|therefore),? )?(?:the |my )?(?:(?:final|correct|right|best) )*"
-                       r"(?:(?:answer|option|choice)s? ?(?:is\b:?|[:=])|(?:option|choice)s?(?= )) ?|^答案[是为]?:? ?", re.I)
-DIGITS = r"(?:(?<![(\[,⦃])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+"
+LONGEST = 400  # characters; a longer text is no number, but words
+SAME_SIGN = str.maketrans("−–—‐⁄∕∶×·⋅٫٬،。٪‘’′“”″", "----//:***.,,.%'''\"\"\"")
+SIGNS = {"times": "*", "cdot": "*", "circ": "°", "neq": "≠", "infty": "∞", "triangle": "△", "to": "→",
+         "sqrt": "√"}  # of LaTeX; HTML has the same names for Greek letters and most signs
+SAME_WORD = {"pi": "π", "sqrt": "√", "''": '"', "<=": "≤", ">=": "≥", "!=": "≠", "- ": "–"}
+MARKUP = [
+    ("[²³¹⁰-ⁿ]+", r"^{\g<0>}"), ("[₀-ₜ]+", r"_{\g<0>}"), ("[¼-¾⅐-⅞]", r" \g<0> "), (r"\\[dtc]?frac *", "⨸"),
+    (r"\$([^$]*)\$", r" \1 "), (r"\{,\}|,\\! ?", ","), (r"\\!|`", ""), (r"\\[,;: ()\[\]\\]", " "),  # a lone $ is money
+    (r"\\(?:boxed|(?:text|math)[a-z]*|rm|bf|it|displaystyle|left|right|large)(?![a-zA-Z]) *", ""),
+    (r"\\([a-zA-Z]+|\S)", lambda m: SIGNS.get(m[1]) or html5.get(m[1] + ";", m[1])), (r" *([{}]) *", r"\1"),
+    (r"⨸(\w) *(\w)", r"⨸{\1}{\2}"), (r"(?<![^\s(\[])\*{1,3}(?=\S)|(?<=\S)(?:\*{2,3}(?!\w)|\*$)", "")]  # **5**
+GROUPS = [  # the innermost first; ⨸ is \frac
+    (r"(\d) *⨸\{(\d+)\}\{(\d+)\}", r"\1 \2/\3 "), (r"⨸\{([^{}]*)\}\{([^{}]*)\}", r" ((\1)/(\2)) "),
+    (r"([_^√]) *\{([^{}]*)\}", r"\1(\2) "), (r"(?<![⨸}])\{([^{}]*)\}", r" \1 ")]
+ANSWER_IS = re.compile(r"^(?:(?:so|therefore|the|my|final|correct|right|best),? )*"
+                       r"(?:(?:answer|option|choice)s? ?(?:is\b:?|[:=])|option |choice ) ?|^答案[是为]?:? ?", re.I)
+DIGITS = r"(?:(?<![(\[,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+"
 TOKEN = re.compile(rf"(?:{DIGITS})(?:[eE][+-]?\d{{1,3}}(?!\d))?|(?<= )- |[A-Z]{{0,2}}\$|''|[<>!]=|"
-                   r"(?:[a-z](?:\.[a-z])+|[A-Z](?:\.[A-Z])+)\b|W(?:'W)*|\S".replace("W", r"[^\W\d_Α-Ψα-λν-ω]+"))
+                   r"[^\W\d_Α-Ψα-λν-ω]+|\S")
+UNSPACED = (  # Thai to Khmer, Japanese, Chinese
+    "[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+LABEL = re.compile(r"(?:(?:[(\[] )?(\w+)((?: [)\]])?(?: [.:,、–])?)(?: |$))?(.*)")  # B, (B), B. 60, B (60), 2) cat
 
 
 def visible(text: str) -> str:
-    """The text without the characters that nobody sees: zero-width spaces, soft hyphens, a byte order mark."""
-    return UNSEEN.sub("", text).strip()
+    """The text without characters that nobody sees, such as spaces of no width."""
+    return re.sub("[\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe0f\ufeff]", "", text).strip()
 
 
 @functools.lru_cache(512)
 def read(text: str) -> str:
-    """The tokens of a number or an option, in one spelling; the words of a text too long for either."""
-    runs = groupby(text[:LONGEST].translate(SAME_SIGN), lambda c: unicodedata.decomposition(c).split(" ")[0])
-    plain = "".join(FORMS.get(kind, "%s") % unicodedata.normalize("NFKC", "".join(run)).replace("⁄", "}{")
-                    for kind, run in runs)
+    """The tokens of a number or an option; the words of a text too long for either."""
+    plain = visible(text[:LONGEST])
+    for pattern, plainer in MARKUP:
+        plain = re.sub(pattern, plainer, plain)
+    plain = unicodedata.normalize("NFKC", plain).translate(SAME_SIGN)
     if len(text) > LONGEST or len(plain) > 2 * LONGEST:
         return " ".join(re.findall(r"\w+|[^\w\s]", text.lower().strip(" .")))
-    text = visible("".join(str(unicodedata.decimal(c, c)) for c in plain.translate(SAME_SIGN)))  # ٥ is 5
-    for pattern, plainer in LATEX + GROUPS * min(12, text.count("{") + text.count("frac")):
-        text = pattern.sub(plainer, text)
-    text = " ".join(text.replace("⌑", "").split())
+    text = "".join(str(unicodedata.decimal(c, c)) for c in plain)  # ٥ is 5
+    for pattern, plainer in GROUPS * min(12, text.count("{")):
+        text = re.sub(pattern, plainer, text)
+    text = " ".join(text.split())
     for _ in range(4):  # wrappers come in wrappers: **"5"**
         text = ANSWER_IS.sub("", re.sub(r"(?<=[^.])\.$", "", text.strip(" _")))
         text = text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'" else text
     return " ".join(SAME_WORD.get(token, re.sub("[ ,]", "", token) or ",") for token in TOKEN.findall(text))
 
 
-SHORT_WORDS = set("am pm no ok up in on at to of or is it as by do go he if me my us be we so an".split())
-
-
-def _plain_word(m: re.Match) -> str:
-    word, plain = m[0].lower().replace(".", ""), m[0] in (m[0].lower(), m[0].upper(), m[0].capitalize())  # p.m.
-    return word if word in SHORT_WORDS or len(word) > 2 and plain and m[0] not in UNITS else m[0]
-
-
 def _bracket(m: re.Match) -> str:
-    """A pair of brackets, left out where it only groups: (5), -(1/2), (2x)/3, 10^(-5); but not 2(3), (x+2)/5, f(2)."""
+    """Brackets, left out where they only group: (5), -(1/2), (2x)/3, 10^(-5); but not 2(3), (x+2)/5, f(2)."""
     before, inner, after = m.string[m.start() - 2], m[1], m.string[m.end()]
-    words, product = len(inner.split()), not re.search("[+=<>≤≥≠≈,:;±∓÷→-]", inner.removeprefix("- "))
-    if before in "^_√":
-        idle = words == 1 + (inner[0] in "+-")
-    elif re.match(r"""[\w)\]'"°∞⟩]""", before) or re.match(r"[\w(⟨√^_]", after):
-        idle = False
-    elif before == after == " ":
-        idle = not re.search("[,;]", inner)
-    else:
-        idle = words == 1 or product and before != "/"
+    unsigned = inner.removeprefix("- ")
+    one, product = len(unsigned.split()) == 1, not re.search("[+=<>≤≥≠≈,:;±∓÷→-]", unsigned)
+    whole = before == after == " " and not re.search("[,;]", inner)
+    glued = re.match(r"""[\w)\]'"°∞⟩]""", before) or re.match(r"[\w(⟨√^_]", after)
+    idle = one if before in "^_√" else not glued and (one or whole or product and before != "/")
     return inner if idle else f"⟨ {inner}⟩ "
 
 
 def fold(tokens: str) -> str:
-    """Tokens without what makes no difference: capitals of plain words, 'and' in a list, brackets that only group."""
-    tokens = re.sub(r"(?<!\S)[^\W\d_]\S*", _plain_word, re.sub(r"(?<!\S)A (?=[^\W\d_]{3})", "a ", tokens))
-    tokens = re.sub(r"(?<!\S)(?:and|[&,、])(?: (?:and|[&,、]))*(?!\S)", ",", tokens).replace("–", "-")
+    """Tokens without capitals of plain words, 'and' in a list and brackets that only group."""
+    tokens = re.sub(r"(?<!\S)(?:(?i:[ap]m|no|in|on|to|of|or|is)|[A-Z][a-z]{2,}|[A-Z]{3,})(?!\S)",
+                    lambda m: m[0] if m[0] in UNITS else m[0].lower(), tokens)
+    tokens = re.sub(r"(?<!\S)(?:, )?(?:and|[&、])(?!\S)", ",", tokens).replace("–", "-")
     tokens, found = f"  {tokens}  ", 1
     while found:  # the innermost first
         tokens, found = re.subn(r"(?<= )\( ([^()]+ )\) ", _bracket, tokens)
-    return re.sub(r"\^ (?=[°'])", "", tokens).replace("⟨", "(").replace("⟩", ")").replace("^ - ", "^ -").strip()
+    return tokens.replace("⟨", "(").replace("⟩", ")").replace("^ °", "°").replace("^ - ", "^ -").strip()
 
 
-SCALES = {"hundred": 100, "thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
-NAME = r"(?:m )?((?:[∠△Δ] )?W(?: [∠△] W| \d+| _ \w+|(?: _)? \( (?:[∠△] )?\w+ \)| ['\"])*|∠ \d+) = ".replace(
-    "W", r"[^\W\d_π]+")
-MONEY = r"[A-Za-z]{0,2}[$£¥₠-⃀]|usd|eur|gbp|jpy|cny|rmb|inr|krw|[Rr]s"
+SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
+NAME = re.compile(r"(?:(?:m )?((?:[∠△]|[^\W\d_π]+)(?: [∠△_()'\"]| \d+|(?<=[∠△Δ_(]) [^\W\d_]+)*) = "
+                  r"|([A-Z]) (?=\( .* , .* \)$))?(.*)")  # x =, m∠1 =, or A before (1, 2)
+MONEY = r"[A-Za-z]{0,2}[$£¥₠-⃀]|usd|eur|inr|[Rr]s"
 DECIMAL, POWER, TIMES = r"\d*\.?\d+(?:[eE][+-]?\d+)? ", r"\^ -?\d{1,3} ", r"(?:(?:\* )?(?:√ \d+|π) ){0,2}"
-VALUE = re.compile(  # x = -$1.5 * 10^3, 2^10, 1 1/2, 2√3, √3/2, (2/3)π, 1/(2π), then a unit
-    rf"(?:{NAME})?([+-] )?(?:({MONEY}) (?:\. )?)?([+-] )?(\( )?(?=[\d.√π])(?:(\d+) (?=\d+ / \d))?"
-    rf"((?:[1-9]\d{{0,3}} {POWER}|{DECIMAL}(?:[*x] 10 {POWER})?)?{TIMES})"
-    rf"(?:/ (\( (?=[\d.√π])(?:{DECIMAL})?{TIMES}\) |{DECIMAL}|√ \d+ |π ))?(?(5)\) ({TIMES}))"
-    rf"(?:({'|'.join(SCALES)}) )?(.*)")
+PRODUCT = rf"(?=[\d.√π])(?:[1-9]\d{{0,3}} {POWER}|{DECIMAL}(?:[*x] 10 {POWER})?)?{TIMES}"
+VALUE = re.compile(  # -$1.5 * 10^3, 2^10, 1 1/2, 2√3, √3/2, (2/3)π, 1/(2π), then a unit
+    rf"([+-] )?(?:({MONEY}) (?:\. )?)?(\( )?(?:(\d+) (?=\d+ / \d))?({PRODUCT})"
+    rf"(?:/ (\( {PRODUCT}\) |{DECIMAL}|√ \d+ |π ))?(?(3)\) ({TIMES}))(?:({'|'.join(SCALES)}) )?(.*)")
 FACTOR = re.compile(r"√ (\d+)|(\d*\.?\d\S*)(?: \^ (-?\d+))?")
-POINT = re.compile(r"(?:([A-Z](?: ')?) (?:= )?)?(\( .* , .* \))")
 UNITS = {}  # what a spelling may mean, as a pound is lb or £
-SI = ("m meter metre 米|g gram 克|s second sec|L l liter litre 升|W watt|V volt|A amp ampere|J joule|N newton|bar"
-      "|Pa pascal|Hz hertz|eV|mol mole|Ω ohm|cal calorie|Wh|K kelvin|C coulomb|F farad|T tesla|B byte").split("|")
-PREFIXES = "k kilo 千|M mega|G giga|T tera|P peta|m milli 毫|c centi 厘|d deci|μ micro u|n nano|p pico|h hecto".split("|")
-OTHERS = ("% percent pct|° degree deg 度|°C °c °celsius|°F °f °fahrenheit|mi mile|in inch inches \"|ft foot feet '"
-          "|yd yard|lb pound|oz ounce|t ton tonne|min minute|h H hr hour|year yr 岁|km 公里|kg 公斤|rad radian|day|week"
-          "|month|个|人|¢ cent|$ dollar usd US$|€ euro eur|£ pound gbp|yen jpy 円 ¥|yuan 元 cny rmb ¥|₹ rupee rs inr"
-          "|₩ won krw")
-for group in [names.split() for names in OTHERS.split("|") + SI] + [
-        [start + name for start in prefix.split() for name in names.split() if (len(start) > 2) == (len(name) > 3)]
-        for prefix in PREFIXES for names in SI]:
+SI = "m g s L l W V A J N Pa Hz eV mol Ω cal Wh K C F T B bar t yd oz rad".split()
+OTHERS = ("m meter 米|km kilometer|cm centimeter 厘米|mm millimeter|g gram 克|kg kilogram|L liter|mL milliliter|s second"
+          "|J joule|N newton|% percent|° degree|mi mile|in inch inches \"|ft foot feet '|lb pound|min minute"
+          "|h H hr hour|year yr|month|个|¢ cent|$ dollar usd US$|€ euro eur|£ pound|yen 円 ¥|yuan 元 ¥|₹ rupee rs inr|₩ won")
+for group in [names.split() for names in OTHERS.split("|")] + [
+        [prefix + name] for prefix in ["", *"kMGTmcdμnph"] for name in SI]:
     for form in group + [name + "s" for name in group if len(name) > 1]:
         UNITS.setdefault(form, set()).add(group[0])
-NUMERAL = (r"(?:less|minus|plus|not|about|hal(?:f|ve)|third|quarter|ten|dozen|pair|couple|gross|lakh|time|more|fewer"
-           r"|hundred|thousand|[mbtr]+illion|\w*(?:[fnrx]|igh|ie|d)th)s?\b")  # sevenths aren't counted
+NUMERAL = (r"(?:less|minus|hal(?:f|ve)|third|quarter|ten|dozen|pair|couple|lakh|time|more|fewer"
+           r"|hundred|thousand|[mbtr]+illion|\w*(?:[fnrxhd]|ie)th)s?\b")  # sevenths aren't counted
 COUNTED = re.compile(rf"(?!(?:\w+ )?{NUMERAL})(?:W )?(W)(?: of W(?: W)?)?".replace("W", r"[^\W\d_]{3,}"))
-PLURAL = re.compile(r"\w{2}[^\Ws]s$|^(?:people|\w*men|children|mice|geese|teeth|feet|fish|sheep|deer)$")
-SAME_UNIT = [(re.compile(pattern), plainer) for pattern, plainer in [
-    (r"\b(?:square|sq(?: \.)?) (\w+)|\b(\w+) squared\b", r"\1\2^2"), (r"\bcubic (\w+)|\b(\w+) cubed\b", r"\1\2^3"),
-    (r"(?:\* )?([^\W\d_]+) \^ -(?=\d)", r"/ \1^"), (r"(?<=[^\W\d_]) (?:\^ )?(?=[23]\b)", "^"), (r"\bper cent\b", "%"),
-    (r"\bper\b", "/"), (r"[*()] ?", ""), (r"\bmph\b", "mi / h"),
-    (r"(?:\bdegrees?|°) (?=[cCfF]\b|celsius|fahrenheit)", "°"), (r" (?:old|tall|long|wide|high|deep|thick)$", "")]]
-
-
-def unit_names(word: str) -> set[str]:
-    """What a unit, or a power of one, may mean; KM is km."""
-    name, caret, power = word.partition("^")
-    found = UNITS.get(name) or UNITS.get(name.lower() * (len(name) > 1))
-    return {meaning + caret + power for meaning in found or re.findall(f"^(?:{MONEY})$", name)}
+PLURAL = re.compile(r"\w{2}[^\Ws]s$|^(?:people|\w*men|children|mice|geese|teeth|sheep)$")
+SAME_UNIT = [
+    (r"\b(?:square|sq(?: \.)?) (\w+)", r"\1 ^2"), (r"\bcubic (\w+)", r"\1 ^3"), (r"\bper\b", "/"),
+    (r"(?:\* )?(\w+) \^ -(?=\d)", r"/ \1 ^"), (r"(?<=[^\W\d_]) (?:\^ )?(?=[23]\b)", " ^"), (r"[*()] ?", ""),
+    (r"\bmph\b", "mi / h"), (r" (?:old|tall|long|wide|high)$", "")]
 
 
 def parse_unit(text: str, one: bool) -> list[set[str]] | None:
-    """What each word of a unit may mean, [] for no unit; counted things are their words; None if none of these."""
+    """What each word of a unit may mean; counted things are their words; None if it is neither."""
     if text[:1] == "/" or text in ("B", "C", "F", "K", "T"):  # 5 K may be 5000
         return None
     for pattern, plainer in SAME_UNIT:
-        text = pattern.sub(plainer, text)
+        text = re.sub(pattern, plainer, text)
     unit = []
     for place, part in enumerate(map(str.strip, text.split("/"))):
-        names, noun = list(map(unit_names, part.split())), COUNTED.fullmatch(part)
+        names = [UNITS.get(word) or UNITS.get(word.lower() * (len(word) > 1)) or set(
+            re.findall(rf"^(?:\^\d|{MONEY})$", word)) for word in part.split()]  # KM is km
+        noun = COUNTED.fullmatch(part)
         if noun and not all(names) and (one or place or PLURAL.search(noun[1])):
             names = [{part}]
         if not all(names) or not names and place:
@@ -712,64 +687,57 @@ def parse_unit(text: str, one: bool) -> list[set[str]] | None:
 
 @functools.lru_cache(512)
 def parse(text: str) -> tuple[str, list[set[str]], tuple | str]:
-    """(name, unit, value) of a text; the value is a number's sign, square (a fraction even for 2√3) and power of π, or
-    else the tokens. Never a sum or a product."""
+    """(name, unit, value): of a number its sign, square (a fraction even for 2√3) and power of π, else the tokens."""
     tokens = read(text)
-    if len(tokens) > 3 * LONGEST:
+    if len(text) > LONGEST:
         return "", [], tokens
-    tokens = fold(tokens)
-    m, point = VALUE.fullmatch(tokens + " "), POINT.fullmatch(tokens)
+    name, point, text = NAME.fullmatch(fold(tokens)).groups("")
+    name, m, square, is_number = name or point, VALUE.fullmatch(text + " "), Fraction(1), True
     if not m:
-        return (point[1] or "", [], point[2]) if point else ("", [], tokens)
-    name, sign, money, inner_sign, _, whole, above, below, times, scale, unit = (part.strip() for part in m.groups(""))
-    square, defined = Fraction(1), not (sign and inner_sign)
+        return name, [], text
+    sign, money, _, whole, above, below, times, scale, unit = (part.strip() for part in m.groups(""))
     for product, direction in ((above, 1), (below, -1), (times, 1)):
         for root, number, exponent in FACTOR.findall(product):
             factor, power = Fraction(root or number), int(exponent or 1) * (1 if root else 2) * direction
-            defined = defined and (factor > 0 or power > 0)
-            square *= factor ** power if defined else 1
-    if whole:  # 1 1/2, but not 1 3/2
-        defined = defined and square < 1
-        square = (Fraction(above) / Fraction(below) + int(whole)) ** 2 if defined else 1
+            is_number = is_number and (factor > 0 or power > 0)
+            square *= factor ** power if is_number else 1
+    if whole and is_number:  # 1 1/2, but not 1 3/2
+        is_number, square = square < 1, (Fraction(above) / Fraction(below) + int(whole)) ** 2
     square *= SCALES.get(scale, 1) ** 2
     meaning = parse_unit(f"{money} {unit}".strip(), square <= 1)
-    if not defined or meaning is None or money and not re.match("$|per |/ ", unit):
-        return "", [], tokens
+    if not is_number or meaning is None or money and not re.match("$|per |/ ", unit):
+        return name, [], text
     pi = bool(square) * (above.count("π") + times.count("π") - below.count("π"))
-    return name, meaning, (square > 0 and "-" not in sign + inner_sign, square, pi)
+    return name, meaning, (square > 0 and sign != "-", square, pi)
 
 
 def same_value(answer: str, truth: str) -> bool:
-    """Equal numbers, where a name or unit that only one side states is no difference; or equal text, if neither is one:
-    lists, points, ranges, ratios, times and dates. Nothing is evaluated."""
+    """Equal numbers or, where neither is one, equal text; a name or unit that only one side states is no difference."""
     (name, unit, value), (other_name, other_unit, other_value) = parse(answer), parse(truth)
     same_unit = len(unit) == len(other_unit) and all(map(set.intersection, unit, other_unit))
     return value == other_value and (same_unit or not (unit and other_unit)) and (
         name == other_name or not (name and other_name))
 
 
-LABEL = re.compile(r"(?:(?:[(\[] )?(\w+)((?: [)\]])?(?: [.:,、–])?)(?: |$))?(.*)")  # B, (B), B. 60, B (60), 2) cat
-
-
 def lettered(options: Sequence[str]) -> tuple[dict[str, str], dict[str, str], bool]:
-    """Texts of options by letter, the one they show or by place; letters by label, a letter or number; is any shown."""
+    """Texts by letter (shown, or else by place), letters by label (letter or number), and if labels are shown."""
     whole = [read(option) for option in options] or [""] * 26
     labels, marks, texts = zip(*[LABEL.match(tokens).groups("") for tokens in whole])
-    labels = [label.upper() for label in labels]
-    numbered = labels == [str(i + 1) for i in range(len(whole))] and all(re.match(r" [.)\]、]", mark) for mark in marks)
-    shown = len("".join(labels)) == len(whole) and "".join(sorted(labels)) in string.ascii_uppercase and not any(
+    labels = "".join(labels).upper()
+    numbered = labels == "123456789"[:len(whole)] and all(re.match(r" [.)\]、]", mark) for mark in marks)
+    shown = len(labels) == len(whole) and "".join(sorted(labels)) in string.ascii_uppercase and not any(
         text and mark in ("", " ,") for mark, text in zip(marks, texts))
     letters = labels if shown else string.ascii_uppercase[:len(whole)]
-    by_label = dict(zip(letters, letters)) | (dict(zip(labels, letters)) if numbered else {})
+    by_label = dict(zip(letters, letters)) | dict(zip(labels * numbered, letters))
     return dict(zip(letters, texts if shown or numbered else whole)), by_label, shown or numbered
 
 
 def chosen_options(answer: str, options: Sequence[str]) -> frozenset[str]:
-    """The letters of the options that an answer names, by letter or by text; empty if it hedges or repeats itself."""
+    """The letters of the options that an answer names by letter or text; none if it hedges or repeats itself."""
     texts, labels, shown = lettered(options)
 
     def named(part: str) -> str | None:
-        label, _, rest = LABEL.match(re.sub("^(?:option|choice) ", "", part, flags=re.I)).groups("")
+        label, _, rest = LABEL.match(part).groups("")
         letter = labels.get(label.upper())
         if letter and (same_value(rest, texts[letter]) if rest else shown):
             return letter  # 'B' or 'B. 60', but not 'B' with another option's text
@@ -779,7 +747,7 @@ def chosen_options(answer: str, options: Sequence[str]) -> frozenset[str]:
                 return owners[0] if len(owners) == 1 else None
         return None if rest else letter
 
-    tokens = read(answer) if len(answer) <= LONGEST + max(map(len, options), default=0) else ""
+    tokens = read(answer)
     joined = list(tokens) == sorted(tokens) or tokens.isupper() and bool(options)  # 'AC', but no other word
     for parts in ([tokens], re.split(" (?:and|[&,;、]) (?:and )?", tokens), tokens.split(), list(tokens) * joined):
         chosen = list(map(named, parts)) if len(parts) <= len(texts) else []
@@ -789,8 +757,8 @@ def chosen_options(answer: str, options: Sequence[str]) -> frozenset[str]:
 
 
 def edits(a: list[str], b: list[str], change: int) -> int:
-    """The fewest words put in, left out or changed (which counts `change`) to make b of a: the usual table, a row for
-    each word of the shorter. From its 2,001st word on, which keeps this below 0.1 s, words compare by place."""
+    """The fewest words put in, left out or changed (which counts `change`) to make b of a. Past the shorter's 2,000th
+    word, words compare by place, which keeps this below 0.1 s."""
     short, long = sorted((a, b), key=len)
     late = change * sum(x != y for x, y in zip(short[:1999:-1], long[::-1]))
     short, long = short[:2000], long[:len(long) - len(short[2000:])]
@@ -805,29 +773,22 @@ def edits(a: list[str], b: list[str], change: int) -> int:
 
 
 def word_error_rate(answer: str, truth: str) -> float:
-    """Word edits that turn the answer into the truth, per word of the truth; exact up to 20."""
-    words, target = answer.split(), truth.split()
-    if len(words) > 21 * len(target):  # a loop: the surplus alone is a rate above 20, and exp(-20) is 2e-9
-        return (len(words) - len(target)) / len(target)
-    return edits(words, target, change=1) / len(target)
-
-
-UNSPACED = re.compile(  # the letters of Thai, Lao, Burmese, Khmer, Japanese, Chinese
-    "[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+    """Word edits that turn the answer into the truth, per word of the truth."""
+    return edits(answer.split(), truth.split(), change=1) / len(truth.split())
 
 
 def rouge_words(text: str) -> list[str]:
-    """Lower-case runs of letters, marks and digits; one token a character where a script has no spaces."""
+    """Lower-case runs of letters, marks and digits, or single characters where a script has no spaces."""
     if not text.isascii():  # one spelling of é; in short pieces, as NFC takes quadratic time on a run of accents
         text = re.sub(r"\S{1,50}", lambda m: unicodedata.normalize("NFC", m[0]), text)
     text = text.lower()
-    words = text.translate({ord(c): f" {c} " if UNSPACED.match(c) else c if unicodedata.category(c)[0] in "LMN" else " "
-                            for c in set(text)}).split()
+    signs = {ord(c): " " for c in set(text) if unicodedata.category(c)[0] not in "LMN"}
+    words = text.translate(signs | {ord(c): f" {c} " for c in set(re.findall(UNSPACED, text))}).split()
     return words or text.split()  # a text of signs alone still equals itself
 
 
 def rouge(answer: str, truth: str) -> float:
-    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L, over those that exist: two texts of one word have no ROUGE-2."""
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L; two texts of one word have no ROUGE-2."""
     a, b = rouge_words(answer), rouge_words(truth)
     scores = [1 - edits(a, b, change=2) / (len(a) + len(b))]  # what isn't edited is common to both
     for grams_a, grams_b in [(a, b), (list(zip(a, a[1:])), list(zip(b, b[1:])))]:
