@@ -78,8 +78,8 @@ class Parser(HfArgumentParser):
                 before = json.loads(Path(first.resume, "config.json").read_text())
                 for name in ("eval.json", "checkpoint/state.pt"):
                     Path(first.resume, name).stat()
-                if other := set(before) ^ set(vars(first)):
-                    raise ValueError(f"config.json is another version's, by {', '.join(other)}")
+                if set(before) != set(vars(first)):
+                    raise ValueError("config.json is another version's")
             except (OSError, ValueError, TypeError) as error:
                 self.error(f"--resume {first.resume}: no run to continue, start one in another --out: {error}")
             defaults = before = before | {"resume": first.resume, "out": first.resume}
@@ -116,7 +116,7 @@ class StopAfterStep:
 PROBLEM_TYPES = ("numerical", "multiple choice", "OCR", "free-form", "text")  # paper, section 3.1
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has more: an .eps starts Ghostscript
-# How a whole file ends; for WEBP Pillow compares the length in the header when it opens the file.
+# how a whole file ends; a WEBP tells its length when it is opened
 PICTURE_END = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\0;", "WEBP": b""}
 TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # EXIF orientation -> upright
@@ -157,9 +157,8 @@ def _pillow(path):
 
 
 def open_picture(path):
-    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame; 65535 is
-    white in 16-bit grey (255, if no value is above it). DataError, naming the file, if it can't be decoded, or not for
-    sure."""
+    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame; DataError,
+    naming the file, if it can't be decoded, or not for sure."""
     with _pillow(path) as picture:
         if picture.format == "PNG":
             picture.verify()  # its checksums: 3% of the time that decoding takes
@@ -170,7 +169,7 @@ def open_picture(path):
             turn = TURN.get(picture.getexif().get(0x112))
         if picture.mode.startswith("I"):  # 16 bits, as "I;16" or (PGM) as "I": convert("RGB") would clip at 255
             values = np.asarray(picture).astype(np.float64)
-            white = 65535 if values.max() > 255 else 255
+            white = 65535 if values.max() > 255 else 255  # 8-bit values stored in 16 bits stay as they are
             picture = Image.fromarray((values / white * 255).round().astype(np.uint8))
         elif picture.has_transparency_data and not (picture.format == "BMP" and picture.getextrema()[3] == (0, 0)):
             picture = picture.convert("RGBA")
@@ -180,8 +179,7 @@ def open_picture(path):
 
 
 def check_picture(root, name, max_aspect=200, max_image_pixels=100_000_000):
-    """The real path of a row's picture in the folder `root`; DataError if its place, its header or its end says that
-    training couldn't use it."""
+    """The real path of a row's picture in the folder `root`; DataError if training couldn't use it."""
     file = os.path.realpath(os.path.join(root, name))  # a link could lead anywhere
     is_inside = not os.path.isabs(name) and ".." not in name.split("/") and file.startswith(os.path.join(root, ""))
     if not is_inside or not os.path.isfile(file):
@@ -199,9 +197,8 @@ def check_picture(root, name, max_aspect=200, max_image_pixels=100_000_000):
 
 
 def load_examples(path, image_root=None, *, skip_bad=False, skipped_path=None, **limits):
-    """The rows of a .json or .jsonl file in the paper's format (section 3.1), as a list of checked Examples. Paths
-    start from image_root (default: the file's folder); limits: check_picture's. Bad rows are a DataError, or with
-    skip_bad left out, and listed in skipped_path (default: skipped.jsonl beside the file)."""
+    """The Examples of a file of rows in the paper's format (section 3.1); limits: check_picture's. A bad row is a
+    DataError or, with skip_bad, left out and listed in skipped_path (default: skipped.jsonl beside the file)."""
     path, examples, bad, ids = Path(path), [], [], {}
     root, by_line = os.path.realpath(path.parent if image_root is None else image_root), path.suffix.lower() == ".jsonl"
     if path.suffix.lower() not in (".json", ".jsonl"):
@@ -236,8 +233,8 @@ def _leave_out(path, bad, kept, skip_bad, listed, before=()):
     if bad:
         try:
             write_rows(listed, [*before, *bad])
-        except (OSError, RecursionError) as error:  # a row nested as deep as can just be read can't be written
-            raise DataError(f"the list of bad rows can't be written, give it another place: {error}") from error
+        except OSError as error:
+            raise DataError(f"the list of bad rows can't be written: {error}") from error
         print(f"{path}: left out {count}, listed in {listed}")
 
 
@@ -479,7 +476,7 @@ def load(name, config):
             name, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True)
         for fault in ("missing", "mismatched", "unexpected"):
             if keys := sorted(map(str, report[f"{fault}_keys"])):
-                raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {', '.join(keys[:3])}.")
+                raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {keys[0]}.")
     except Exception as error:
         file = "its *.safetensors are damaged: " * isinstance(error, SafetensorError)
         network = " Is there such an id, and a network or a cached copy?" * (not Path(name).exists())
@@ -503,7 +500,7 @@ def read_adapter(folder):
         pairs = {name: [weights.pop(ADAPTER_KEY.format(name, part)) for part in "AB"] for name in names}
         other = [*weights, *(name for name in ("use_dora", "use_rslora", "alpha_pattern") if settings.get(name))]
         if other or {len(a) for a, _ in pairs.values()} != {rank}:
-            raise ValueError(f"not one rank {rank}, or more than A and B: {', '.join(other[:3])}")
+            raise ValueError(f"not one rank, or more than A and B: {', '.join(other[:3])}")
         return settings["base_model_name_or_path"], settings["lora_alpha"] / rank, pairs
     except Exception as error:
         raise SystemExit(f"{folder} can't be used as an adapter: {error!r}") from error
@@ -1135,14 +1132,13 @@ def write_step(out, line, groups, config):
 
 @contextmanager
 def _beside(path):
-    """A folder next to `path` to write in what is then renamed to it. One process at a time has it, and what a killed
-    one has left there goes first."""
+    """A folder next to `path` to write in what is then renamed to it. One process at a time has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, parent = path.with_name(f".{path.name}.new"), os.open(path.parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # NFS locks no folders
             fcntl.flock(parent, fcntl.LOCK_EX)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left
         folder.mkdir()
         yield folder
         os.fsync(parent)  # the rename itself
@@ -1275,7 +1271,7 @@ def read_checkpoint(config, examples):
 
 
 def paired_difference(before, after):
-    """The change a question in words, with its 95% interval (normal, paired), for 0/1 results on the same questions."""
+    """The mean change between 0/1 results on the same questions, with its 95% interval (normal, paired), in words."""
     changes = np.subtract(after, before)
     if len(changes) < 30:
         return f"{changes.mean():+.3f}, too few questions for an interval"
@@ -1284,8 +1280,7 @@ def paired_difference(before, after):
 
 
 def evaluation(examples, texts, right, format_rate):
-    """What eval.json says: {accuracy, format_rate, n, by_type, right}, with `right` a 0/1 a question; `soundness`, the
-    share of right answers whose thinking is sound, where the examples know it."""
+    """What eval.json says; `right` is a 0/1 a question, `soundness` the share of right answers with sound thinking."""
     kinds = {kind: [hit for example, hit in zip(examples, right) if example.problem_type == kind]
              for kind in sorted({example.problem_type for example in examples})}
     result = {"accuracy": fmean(right), "format_rate": format_rate, "n": len(right),
@@ -1384,13 +1379,11 @@ def write_report(out):
         return
     out, log = Path(out), read_lines(Path(out) / "log.jsonl")
     settings, results = (json.loads((out / name).read_text()) for name in ("config.json", "eval.json"))
-    png = missing = None
-    half = len(log) // 20  # a tenth of the steps, in all
+    training = {"half": len(log) // 20}  # a running mean goes so far to either side: a tenth of the steps
     try:
-        png = curves(log, half)
+        training["png"] = curves(log, training["half"])
     except ImportError as error:
-        missing = str(error)
+        training["missing"] = str(error)
     chosen = ", ".join(f"{name} {settings[name]}" for name in "model reward_model trust alpha steps seed".split())
-    write_atomic(out / "report.html", PAGE.render(
-        name=out.name, chosen=chosen, table=table(results), png=png, missing=missing, half=half,
-        groups=read_lines(out / "groups.jsonl")))
+    write_atomic(out / "report.html", PAGE.render(name=out.name, chosen=chosen, table=table(results), **training,
+                                                  groups=read_lines(out / "groups.jsonl")))

@@ -178,9 +178,6 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
                                ((paper_row(), {}), rows_in.folder / "rows.json/file", "can't be written")]:
         with pytest.raises(data.DataError, match=words):
             rows_in(*rows, skip_bad=True, skipped_path=place)
-    for depth in range(850, 1000):  # somewhere here is the edge of what JSON can nest
-        with contextlib.suppress(data.DataError):
-            rows_in(name="rows.jsonl", text=f"{json.dumps(paper_row())}\n{'[' * depth}{']' * depth}", skip_bad=True)
     examples = rows_in(paper_row(), {}, paper_row(problem_id="long"), skip_bad=True)
     config = types.SimpleNamespace(max_prompt_tokens=2, skip_bad=True, out=rows_in.folder, data="rows.json")
     processor = types.SimpleNamespace(length=lambda example: len(example.id))  # a prompt too long joins the list
@@ -271,7 +268,7 @@ def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about damaged tags
 @pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp", "bmp", "tif", "ppm"])
 def test_damaged_pictures(rows_in, monkeypatch, kind):
-    row, rng = paper_row(path=f"images/d.{kind}"), np.random.default_rng(0)
+    row = paper_row(path=f"images/d.{kind}")
     path = rows_in.folder / row["path"]
     NOISE.resize((8, 8)).save(path, "JPEG")
     NOISE.crop((0, 0, 60, 50)).save(path, **{"comment": path.read_bytes()} if kind == "jpg" else {})  # whole one inside
@@ -287,16 +284,6 @@ def test_damaged_pictures(rows_in, monkeypatch, kind):
         for look in (lambda: rows_in(row), lambda: data.open_picture(path)):
             with pytest.raises(data.DataError, match=f"path: '{path}' can't be read as a picture"):
                 look()
-    for _ in range(150):
-        damaged = bytearray(whole)
-        for at in rng.integers(0, 150, 2):
-            damaged[at] = rng.integers(256)
-        path.write_bytes(damaged)
-        try:
-            data.check_picture(str(path.parent), path.name, 200, 100_000)  # before decoding: sizes may be wild now
-            data.open_picture(path)
-        except data.DataError as error:
-            assert path.name in str(error)
 
 
 def test_a_wrong_byte_in_the_middle_of_a_png_is_found(tmp_path):
@@ -400,9 +387,6 @@ def test_shared_rows_and_pictures(rows_in, tmp_path):
     sound = rows_in(*rows, image_root=odd, skip_bad=True)
     assert {row["path"] for row in rows} - {e.id for e in sound} == {"truncated.jpg"}
     assert all(np.std(data.open_picture(e.image)) > 0 for e in examples + sound if e.image)
-    board = np.asarray(data.open_picture(odd / "chessboard_GRAY_U16.tif"))
-    assert (board < 50).mean() > 0.3 and (board > 200).mean() > 0.3
-    assert (np.asarray(data.open_picture(SHARED / "sample/images/horse.png"))[0] > 250).all()  # transparent there
 
 
 def test_every_row_can_be_won_and_options_are_shown_with_letters(rows_in):
@@ -1212,25 +1196,20 @@ def test_damaged_files_are_named(tmp_path):
 # ---------------------------------------------------------------- what a run shows
 
 
-def test_paired_difference():
-    rng = random.Random(0)
-    before, after = ([int(rng.random() < p) for _ in range(30)] for p in (.3, .6))
-    changes = [b - a for a, b in zip(before, after)]
-    mean, half = statistics.mean(changes), 1.96 * statistics.stdev(changes) / 30 ** .5
-    interval = f"95% interval {mean - half:+.3f} to {mean + half:+.3f}"
-    assert data.paired_difference(before, after) == f"{mean:+.3f}, {interval}"
-    assert data.paired_difference([0] * 29, [1] * 29) == "+1.000, too few questions for an interval"
-
-
 def test_table():
-    before, after = ({"accuracy": share, "format_rate": share / 3, "n": 4, "right": right, "by_type": {
-        "OCR": {"accuracy": share / 2, "n": 3}}} for share, right in ((.25, [0, 0, 0, 1]), (.75, [0, 1, 1, 1])))
+    rng = random.Random(0)
+    right = [[int(rng.random() < p) for _ in range(30)] for p in (.3, .6)]
+    before, after = ({"accuracy": share, "format_rate": share / 3, "n": 4, "right": hits, "by_type": {
+        "OCR": {"accuracy": share / 2, "n": 3}}} for share, hits in zip((.25, .75), right))
+    changes = [b - a for a, b in zip(*right)]
+    mean, half = statistics.mean(changes), 1.96 * statistics.stdev(changes) / 30 ** .5
     rows = ["before after", "right answers 0.250 0.750 of 4", "OCR 0.125 0.375 of 3", "in the right format 0.083 0.250",
             "sound thinking, of right answers - 0.500",
-            "change in right answers: +0.500, too few questions for an interval"]
+            f"change in right answers: {mean:+.3f}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}"]
     shown = data.table({"before": {**before, "soundness": None}, "after": {**after, "soundness": .5}})
     assert [" ".join(line.split()) for line in shown.splitlines()] == rows
     assert [len(line.split("  of")[0]) for line in data.table({"now": before}).splitlines()] == [44] * 4
+    assert data.paired_difference([0] * 29, [1] * 29) == "+1.000, too few questions for an interval"
 
 
 def test_report_shows_curves_and_groups_and_needs_nothing_else(tmp_path, monkeypatch):
@@ -1261,13 +1240,10 @@ def test_report_shows_curves_and_groups_and_needs_nothing_else(tmp_path, monkeyp
     assert data.table({"before": now, "after": now}) in page and "&lt;run&gt;" in page and "trust &lt;b&gt;" in page
     assert "http" not in page and "matplotlib" not in page and "the mean over 5 steps around it" in page
 
-    for module in (None, types.ModuleType("matplotlib.figure")):  # it isn't there, or is broken: importing it fails
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "matplotlib.figure", module)
-            data.write_report(out)
-        shorter = (out / "report.html").read_text()
-        assert shorter.count("<img") == 1 and "pip install\nmatplotlib" in shorter
-
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
+        data.write_report(out)
+    assert "pip install\nmatplotlib" in (out / "report.html").read_text()
     monkeypatch.setattr("matplotlib.axes.Axes.plot",
                         lambda axis, x, y, *_, **__: lines.append(dict(zip(x, y, strict=True))))
     data.write_report(out)
@@ -2843,12 +2819,11 @@ def writes(name, content):
 
 @pytest.mark.parametrize("harm, said", [
     (weights_of("visual"), "30 weights are missing in its .*first model.visual"),
-    (weights_of("layers.1."), "12 weights are missing"), (weights_of("^", "base_model.model."), "weights are missing"),
-    (weights_of("q_proj", "query"), "8 weights are missing"),
+    (weights_of("layers.1."), "12 weights are missing"), (weights_of("q_proj", "query"), "8 weights are missing"),
     (weights_of(more={"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
     (weights_of(more={"model.language_model.norm.weight": torch.ones(3)}), "1 weights are mismatched"),
     (writes("config.json", '{"model_type": "qwen3_5"}'), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
-    (writes("config.json", "{}"), "config.json"), (writes("config.json", '{"model'), "config.json"),
+    (writes("config.json", '{"model'), "config.json"),
     (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), "its chat template .*: no system"),
     *[(writes("chat_template.jinja", "{% for m in " + turns.replace(
         "TEXT", "{{ m.content if m.content is string else m.content[-1].text }}") + "{% endfor %}"),
@@ -3014,6 +2989,14 @@ def test_a_wrong_command_line_ends_in_one_line(capsys, command, reason):
     ("--reward_model base --steps 3", dict(reward_model="base", steps=3, lr=1e-4))])
 def test_settings_are_those_of_the_command_line_and_of_the_world(command, expected):
     assert {name: getattr(sophia_min.configure(command.split()), name) for name in expected} == expected
+
+
+def test_off_the_main_thread_a_ctrl_c_is_left_to_others():
+    def listen():
+        with data.StopAfterStep() as stopping:
+            return stopping.asked, signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(listen).result() == (False, signal.getsignal(signal.SIGINT))
 
 
 def test_help_names_the_sources(capsys):
