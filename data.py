@@ -1,6 +1,5 @@
 """What goes into sophia_min and what comes out."""
 import base64
-import difflib
 import fcntl
 import functools
 import hashlib
@@ -8,13 +7,11 @@ import io
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
 import signal
 import string
-import struct
 import sys
 import tempfile
 import unicodedata
@@ -25,7 +22,6 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from html import escape
 from html.entities import html5
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +30,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
+from jinja2 import Template
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -49,11 +45,6 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 progress = functools.partial(tqdm, disable=RANK > 0)
 
-# what libraries raise on odd or damaged files, found by changing bytes at random: there is no common kind
-DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, SyntaxError, EOFError,
-          ArithmeticError, struct.error, zipfile.BadZipFile, pickle.UnpicklingError, SafetensorError, TemplateError,
-          Image.DecompressionBombError)
-
 # the paper's Table 4, as sophia_min.CRITERIA asks for them
 FAULTS = ("logical soundness", "correct reasoning", "error identification", "language consistency", "redundancy")
 
@@ -61,27 +52,22 @@ FAULTS = ("logical soundness", "correct reasoning", "error identification", "lan
 # ---------------------------------------------------------------- the command line
 
 class Parser(HfArgumentParser):
-    """Flags from a dataclass; an error is one line that says what was meant."""
+    """Flags from a dataclass; an error is one line."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; --help lists all\n")
 
-    def parse_known_args(self, args=None, namespace=None):
-        namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
-            self.error(f"{unknown[0]}: there is no such option" + (f"; do you mean {near[0]}?" if near else ""))
-        return namespace, unknown
-
     def parse(self, argv, **defaults):
         """What the command line says, over other defaults than the dataclass's own: a dataclass, or a namespace."""
         self.set_defaults(**defaults)
-        return self.parse_args_into_dataclasses(argv, look_for_args_file=False)[0]
+        parsed, *_, unknown = self.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+        if unknown:
+            self.error(f"{unknown[0]}: there is no such option")
+        return parsed
 
     def settings(self, argv, toy):
         """(settings, those of the run that --resume goes on with, else {}). `toy`: other defaults with --model toy."""
         for action in self._actions:
-            action.metavar = {int: "N", float: "X", str: "NAME"}.get(action.type)
             if action.dest in toy:
                 action.help = f"{action.help[:-1]}; {toy[action.dest]} with --model toy)"
         first, before = self.parse_known_args(argv)[0], {}
@@ -89,7 +75,15 @@ class Parser(HfArgumentParser):
         if first.lora or first.adapter or alone:
             defaults["lr"] = round(10 * defaults.get("lr", self.get_default("lr")), 9)  # ours
         if first.resume:
-            defaults = before = self._stored(first.resume, vars(first))
+            try:
+                before = json.loads(Path(first.resume, "config.json").read_text())
+                for name in ("eval.json", "checkpoint/state.pt"):
+                    Path(first.resume, name).stat()
+                if set(before) != set(vars(first)):
+                    raise ValueError("config.json is another version's")
+            except (OSError, ValueError, TypeError) as error:
+                self.error(f"--resume {first.resume}: no run to continue, start one in another --out: {error}")
+            defaults = before = before | {"resume": first.resume, "out": first.resume}
         config = self.parse(argv, **defaults)
         if alone and not before:  # an adapter's folder names its base
             config.model, config.adapter = read_adapter(config.model)[0], config.model
@@ -98,29 +92,19 @@ class Parser(HfArgumentParser):
                 print(f"--{name} was {value}, goes on as {getattr(config, name)}")
         return config, before
 
-    def _stored(self, folder, known):
-        for name in ("config.json", "eval.json", "checkpoint/state.pt"):
-            if not Path(folder, name).exists():
-                self.error(f"--resume {folder}: no {name} there, so no run to continue; start one in another --out")
-        try:
-            settings = json.loads(Path(folder, "config.json").read_text())
-            if other := set(settings) ^ set(known):
-                raise ValueError(f"it is another version's, by {', '.join(other)}")
-        except (OSError, ValueError, TypeError) as error:
-            self.error(f"--resume {folder}: config.json can't be used: {error}")
-        return settings | {"resume": str(folder), "out": str(folder)}
-
 
 class StopAfterStep:
     """For `with`: Ctrl-C asks for an end after the current step; a second one ends at once."""
-    asked = False
+    asked, before = False, None
 
     def __enter__(self):
-        self.before = signal.signal(signal.SIGINT, self._ask)
+        with suppress(ValueError):  # off the main thread Python allows no handler
+            self.before = signal.signal(signal.SIGINT, self._ask)
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
+        if self.before:
+            signal.signal(signal.SIGINT, self.before)
 
     def _ask(self, *_):
         self.asked = True
@@ -133,14 +117,14 @@ class StopAfterStep:
 PROBLEM_TYPES = ("numerical", "multiple choice", "OCR", "free-form", "text")  # paper, section 3.1
 
 PICTURE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # Pillow has more: an .eps starts Ghostscript
-# How a whole file ends; for WEBP Pillow compares the length in the header when it opens the file.
+# how a whole file ends; a WEBP tells its length when it is opened
 PICTURE_END = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b"\0;", "WEBP": b""}
 TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # EXIF orientation -> upright
 
 
 class DataError(ValueError):
-    """Something is wrong with the user's data; the message is all that they need: what, where, and what next."""
+    """Something is wrong with the user's data; the message says what, where, and what next."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +143,7 @@ class Example:
 
 @contextmanager
 def _pillow(path):
-    """An opened picture, its header read, if Pillow shows its pixels as a person sees them; else DataError."""
+    """An opened picture, if Pillow shows its pixels as a person sees them; else DataError."""
     try:  # a stream, since Pillow maps a named TIFF into memory with its sides swapped
         with open(path, "rb") as file, Image.open(file, formats=PICTURE_FORMATS) as picture:
             tags = getattr(picture, "tag_v2", {})  # a TIFF's; 258: bits of a sample, 262: is 0 white
@@ -168,15 +152,14 @@ def _pillow(path):
                     or "transparency" in picture.info and picture.tile[0].args in ("L;2", "L;4", "I;16B", "RGB;16B")):
                 raise ValueError(f"unusual {picture.format}, {picture.mode}")
             yield picture
-    except DAMAGE as error:
+    except Exception as error:  # changing a file's bytes at random makes Pillow raise a dozen kinds
         raise DataError(f"path: {str(path)!r} can't be read as a picture, save it as 8-bit PNG or JPEG: {error!r}"
                         ) from error
 
 
 def open_picture(path):
-    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame; 65535 is
-    white in 16-bit grey (255, if no value is above it). DataError, naming the file, if it can't be decoded, or not for
-    sure. Damage in the middle of a PNG is found, that of a JPEG often isn't: it has no checksums."""
+    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame; DataError,
+    naming the file, if it can't be decoded, or not for sure."""
     with _pillow(path) as picture:
         if picture.format == "PNG":
             picture.verify()  # its checksums: 3% of the time that decoding takes
@@ -187,7 +170,7 @@ def open_picture(path):
             turn = TURN.get(picture.getexif().get(0x112))
         if picture.mode.startswith("I"):  # 16 bits, as "I;16" or (PGM) as "I": convert("RGB") would clip at 255
             values = np.asarray(picture).astype(np.float64)
-            white = 65535 if values.max() > 255 else 255
+            white = 65535 if values.max() > 255 else 255  # 8-bit values stored in 16 bits stay as they are
             picture = Image.fromarray((values / white * 255).round().astype(np.uint8))
         elif picture.has_transparency_data and not (picture.format == "BMP" and picture.getextrema()[3] == (0, 0)):
             picture = picture.convert("RGBA")
@@ -197,8 +180,7 @@ def open_picture(path):
 
 
 def check_picture(root, name, max_aspect=200, max_image_pixels=100_000_000):
-    """The real path of a row's picture in the folder `root`; DataError if training couldn't use it. Reads the header
-    and the last bytes (0.1 ms): damage in the middle of a file shows in `open_picture`, if at all."""
+    """The real path of a row's picture in the folder `root`; DataError if training couldn't use it."""
     file = os.path.realpath(os.path.join(root, name))  # a link could lead anywhere
     is_inside = not os.path.isabs(name) and ".." not in name.split("/") and file.startswith(os.path.join(root, ""))
     if not is_inside or not os.path.isfile(file):
@@ -207,30 +189,38 @@ def check_picture(root, name, max_aspect=200, max_image_pixels=100_000_000):
         width, height = picture.size
         picture.fp.seek(-8, os.SEEK_END)  # the smallest file that Pillow opens, a PPM, has 8 bytes
         is_whole = picture.fp.read().endswith(PICTURE_END.get(picture.format, ()))
-    # before anything decodes it: 18 KB can hold 144 megapixels
     if width * height > max_image_pixels or max(width, height) > max_aspect * min(width, height):
         raise DataError(f"path: {name!r} has {width} x {height} pixels: more than {max_image_pixels:,} in all, or an "
-                        f"aspect ratio above {max_aspect}")
+                        f"aspect ratio above {max_aspect}")  # before it is decoded: 18 KB can hold 144 megapixels
     if not is_whole:  # truncated, or with a camera's own data behind its end: decode it to be sure
         open_picture(file)
     return file
 
 
 def load_examples(path, image_root=None, *, skip_bad=False, skipped_path=None, **limits):
-    """The rows of a file in the paper's format (section 3.1), .json or .jsonl, as a list of checked Examples. Their
-    paths start from image_root (default: the file's folder); limits: check_picture's. Rows count from 1, in a .jsonl
-    by lines. skip_bad: leave bad rows out, and list them with the reason in skipped_path (default: skipped.jsonl beside
-    the file). Raises DataError if the file can't be read, a row is bad (without skip_bad), or no row is left."""
+    """The Examples of a file of rows in the paper's format (section 3.1); limits: check_picture's. A bad row is a
+    DataError or, with skip_bad, left out and listed in skipped_path (default: skipped.jsonl beside the file)."""
     path, examples, bad, ids = Path(path), [], [], {}
-    root = os.path.realpath(path.parent if image_root is None else image_root)
+    root, by_line = os.path.realpath(path.parent if image_root is None else image_root), path.suffix.lower() == ".jsonl"
+    if path.suffix.lower() not in (".json", ".jsonl"):
+        raise DataError(f"{path}: must be one .json or .jsonl file")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
+        rows = text.split("\n") if by_line else json.loads(text)  # splitlines cuts at U+2028
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is no JSON in UTF-8 (with a row a line, call it .jsonl): {error}") from error
     find_picture = functools.cache(functools.partial(check_picture, root, **limits))  # many questions share a picture
-    for number, row in progress(_read_rows(path), desc="checking rows", delay=1, leave=False):
+    rows = progress(rows if isinstance(rows, list) else [], desc="checking rows", delay=1, leave=False)
+    for number, row in enumerate(rows, 1):
         try:
-            row = json.loads(row) if path.suffix.lower() == ".jsonl" else row
-            examples.append(_check_row(row, number, ids, find_picture))
+            if not by_line or row.strip():
+                row = json.loads(row) if by_line else row
+                examples.append(_check_row(row, number, ids, find_picture))
         except (ValueError, RecursionError) as error:  # a DataError, or broken JSON
             name = show(row["problem_id"]) if isinstance(row, dict) and "problem_id" in row else "no id"
             bad.append({"reason": f"{path}: row {number} ({name}): {error}", "row": row})
+    if not examples and not bad:
+        raise DataError(f"{path}: is empty, or no list of rows")
     _leave_out(path, bad, examples, skip_bad, skipped_path or path.with_name("skipped.jsonl"))
     return examples
 
@@ -239,45 +229,26 @@ def _leave_out(path, bad, kept, skip_bad, listed, before=()):
     """Bad rows, each {"reason", ..}, are told in a DataError or, with skip_bad, listed in the file `listed`."""
     count = f"{len(bad)} of {len(bad) + len(kept)} rows"
     if bad and not (skip_bad and kept):
-        more = [f"... and {len(bad) - 20} more"] * (len(bad) > 20)
-        advice = "Correct them, or leave them out with --skip_bad." if kept else "No row is left: correct them."
-        raise DataError("\n".join([f"{path}: {count} are bad", *(row["reason"] for row in bad[:20]), *more, advice]))
+        raise DataError("\n".join([f"{path}: {count} are bad, the first of them:", *(row["reason"] for row in bad[:20]),
+                                   "Correct them, or leave them out with --skip_bad, if any row is left."]))
     if bad:
         try:
-            write_atomic(listed, "".join(json.dumps(row) + "\n" for row in [*before, *bad]))
-        except (OSError, RecursionError) as error:  # a row nested as deep as can just be read can't be written
-            raise DataError(f"the list of bad rows can't be written, give it another place: {error}") from error
+            write_rows(listed, [*before, *bad])
+        except OSError as error:
+            raise DataError(f"the list of bad rows can't be written: {error}") from error
         print(f"{path}: left out {count}, listed in {listed}")
 
 
-def _read_rows(path):
-    """Numbered rows: parsed for .json, still text for .jsonl, where a broken line is one bad row."""
-    kind = path.suffix.lower()
-    if kind not in (".json", ".jsonl"):
-        raise DataError(f"{path}: must be one .json or .jsonl file; save parquet's pictures as files, and its rows "
-                        "with pandas: read_parquet(...).to_json('rows.jsonl', orient='records', lines=True)")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # with or without a byte order mark
-        rows = text.split("\n") if kind == ".jsonl" else json.loads(text.strip() or "[]")  # splitlines cuts at U+2028
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is no JSON in UTF-8 (with a row a line, call it .jsonl): {error}") from error
-    rows = [(number, row) for number, row in enumerate(rows, 1)
-            if kind == ".json" or row.strip()] if isinstance(rows, list) else []
-    if not rows:
-        raise DataError(f"{path}: is empty, or no list of rows")
-    return rows
-
-
 def _text(row, name):
-    if name not in row:
-        raise DataError(f"{name}: is missing; the row has {list(row)!r:.200}")
-    if not isinstance(row[name], str) or not row[name].strip() or re.search("[\0\ud800-\udfff]", row[name]):
-        raise DataError(f"{name}: must be text, without a zero byte or a lone surrogate, is {show(row[name])}")
-    return row[name]
+    value = row.get(name)
+    if not isinstance(value, str) or not value.strip() or re.search("[\0\ud800-\udfff]", value):
+        found = show(value) if name in row else f"missing; the row has {list(row)!r:.200}"
+        raise DataError(f"{name}: must be text, without a zero byte or a lone surrogate, is {found}")
+    return value
 
 
 def _check_row(row, number, ids, find_picture):
-    """One row as an Example; DataError, "field: what is wrong", at its first fault. Adds the row's id to `ids`."""
+    """One row as an Example; DataError, "field: what is wrong", at its first fault."""
     if not isinstance(row, dict):
         raise DataError(f"row: must be an object with the paper's fields, is {show(row)}")
     id = str(row["problem_id"]) if type(row.get("problem_id")) is int else _text(row, "problem_id")  # true: no int
@@ -309,15 +280,14 @@ def _check_row(row, number, ids, find_picture):
 
 # ---------------------------------------------------------------- prompts
 
-# Our own words; the paper asks for this format (section 3.1) and lets each problem type add a sentence.
+# our own words; the paper asks for this format (section 3.1) and a sentence for each problem type
 SYSTEM_PROMPT = "First think step by step in <think></think>, then give only the final answer in <answer></answer>."
 ANSWER_FORM = {
     "numerical": "Answer with one number.",
     "multiple choice": "Answer with the letter of the right option.",
     "OCR": "Answer with the text as it is written.",
     "free-form": "Answer in a few words.",
-    "text": "Answer in a few words.",
-}
+    "text": "Answer in a few words."}
 PICTURE = object()  # the part of a message that is the picture
 STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"  # for text, while a chat template is rendered
 
@@ -348,8 +318,7 @@ def blank_picture(config):
 
 
 class Processor:
-    """Turns text and a picture into a Prompt by the model's own chat template: tokenizer and image processor, without
-    the rest of AutoProcessor, whose video part needs torchvision."""
+    """Makes Prompts by the model's own chat template. (The video part of AutoProcessor needs torchvision.)"""
 
     def __init__(self, tokenizer, image_processor, max_pixels=None):
         self.tokenizer, self.image_processor = tokenizer, image_processor
@@ -360,33 +329,29 @@ class Processor:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special = re.compile(f"({'|'.join(map(re.escape, special))})")
         self.picture = functools.lru_cache(maxsize=64)(self.picture)  # the judge sees the pictures of the policy
-        self._rendered = functools.lru_cache(maxsize=64)(self._rendered)
-        try:
-            pieces = self._rendered((("system", "t"), ("user", "pt"), ("assistant", "t")))
-            parts = "".join(pieces).split(STAND_IN)
-            end = self.special.match(parts[-1])
-            if len(parts) != 4 or "<|image_pad|>" not in pieces or not end:
-                raise ValueError("it doesn't show a system message, a picture and the end of a turn")
-        except DAMAGE as error:
-            raise ValueError(f"its chat template (chat_template.jinja or tokenizer_config.json): {error}") from error
+        pieces = self._rendered([("system", ""), ("user", PICTURE, ""), ("assistant", "")])
+        parts = "".join(pieces).split(STAND_IN)
+        end = self.special.match(parts[-1])
+        if len(parts) != 4 or "<|image_pad|>" not in pieces or not end:
+            raise ValueError("its chat template doesn't show a system message, a picture and the end of a turn")
         self.turn_end = tokenizer.convert_tokens_to_ids(end[0])
         self.opening = "<think>" * parts[-1].rstrip().endswith("<think>")  # a tag that the template has written
 
     @classmethod
     def from_pretrained(cls, name, max_pixels=None):
-        """The processor of a Hugging Face id or folder. Raises nearly anything where there is none that will do."""
+        """The processor of a Hugging Face id or folder."""
         tokenizer = AutoTokenizer.from_pretrained(name)
         if template := cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False):
             tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]  # it wins, as elsewhere
         return cls(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(name), max_pixels)
 
     def save_pretrained(self, folder):
-        """Write both parts in Hugging Face format."""
+        """Write both in Hugging Face format."""
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
     def picture(self, path):
-        """(pixel_values [patches, 1176], grid [1, 3]) of a picture file, as a person sees it."""
+        """(pixel_values [patches, 1176], grid [1, 3]) of a picture file."""
         features = self.image_processor([open_picture(path)], return_tensors="pt")
         return features["pixel_values"], features["image_grid_thw"]
 
@@ -395,17 +360,15 @@ class Processor:
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids, ends):
-        """The text of token ids, without those that end a response (or fill it up behind its end)."""
+        """The text of token ids, without those that end or fill up a response."""
         return self.tokenizer.decode([id for id in ids.tolist() if id not in ends])
 
     def chat(self, messages, image=None):
         """The Prompt of messages (role, part, ..) that the assistant goes on from; a part is text or PICTURE, left out
-        without `image`. The template sees stand-ins: no text can end a turn. Text between special tokens is encoded in
-        one piece, as the official processor does."""
-        shown = tuple((role, "".join("p" * (image is not None) if part is PICTURE else "t" for part in parts))
-                      for role, *parts in messages)
-        texts, ids = iter([part for _, *parts in messages for part in parts if part is not PICTURE]), []
-        pixel_values, grid = (None, None) if image is None else self.picture(image)
+        without `image`. The template sees stand-ins, so that no text can end a turn."""
+        shown = [(role, *(part for part in parts if part is not PICTURE or image)) for role, *parts in messages]
+        texts, ids = iter([part for _, *parts in shown for part in parts if part is not PICTURE]), []
+        pixel_values, grid = self.picture(image) if image else (None, None)
         for piece in self._rendered(shown):
             if piece == "<|image_pad|>":
                 ids += [self.image_token] * (int(grid.prod()) // self.image_processor.merge_size ** 2)
@@ -415,12 +378,14 @@ class Processor:
                 ids += self.encode(re.sub(STAND_IN, lambda _: next(texts), piece))
         return Prompt(ids, pixel_values, grid)
 
-    def _rendered(self, shown):
-        """The template's pieces, text and special tokens, for messages (role, "t" and "p" for text and picture)."""
-        part = {"t": {"type": "text", "text": STAND_IN}, "p": {"type": "image"}}
-        chat = [{"role": role, "content": STAND_IN if parts == "t" else [part[kind] for kind in parts]}
-                for role, parts in shown]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    def _rendered(self, messages):
+        """What the chat template makes of messages, cut at special tokens: STAND_IN where a text belongs."""
+        chat = [{"role": role, "content": [{"type": "image"} if part is PICTURE else {"type": "text", "text": STAND_IN}
+                                           for part in parts]} for role, *parts in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:
+            raise ValueError(f"its chat template fails: {error}") from error
         return [piece for piece in self.special.split(text) if piece]
 
     def question(self, example):
@@ -438,14 +403,14 @@ class Processor:
 
 
 def check_lengths(examples, processor, config):
-    """The Examples whose prompts fit into config.max_prompt_tokens. Others raise DataError, or with config.skip_bad are
-    left out and listed; nothing is ever cut, since a cut picture would be another one."""
-    longest, listed = config.max_prompt_tokens, Path(config.out, "skipped.jsonl")
-    lengths = [processor.length(e) for e in progress(examples, desc="measuring prompts", delay=2, leave=False)]
-    kept = [example for example, n in zip(examples, lengths) if n <= longest]
-    bad = [{"reason": f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens, more than "
-                      f"{longest:,}: raise --max_prompt_tokens, or lower --max_pixels"}
-           for example, n in zip(examples, lengths) if n > longest]
+    """The Examples whose prompts fit into config.max_prompt_tokens; others are bad rows, and nothing is ever cut."""
+    kept, bad, listed = [], [], Path(config.out, "skipped.jsonl")
+    for example in progress(examples, desc="measuring prompts", delay=2, leave=False):
+        if (n := processor.length(example)) <= config.max_prompt_tokens:
+            kept.append(example)
+        else:
+            bad.append({"reason": f"row with problem_id {example.id}: problem: its prompt has {n:,} tokens: "
+                                  "raise --max_prompt_tokens, or lower --max_pixels"})
     _leave_out(config.data, bad, kept, config.skip_bad, listed, read_lines(listed))
     return kept
 
@@ -453,16 +418,13 @@ def check_lengths(examples, processor, config):
 def load_sets(config):
     """(training Examples, held-out Examples, one line that says which) of a run."""
     if config.data in TOY_SETS:
-        size, pictures = config.toy_pixels, Path(config.out, "pictures")
-        try:
-            pictures.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"--out {config.out}: can't be written: {error}") from error
+        lock(config.out).close()  # makes the folder, or says that it can't
         train, held_out = TOY_SETS[config.data]
-        sets = {part: toy_examples(2000 if part in TRAINED else 400, config.seed, part, size, pictures)
-                for part in (train, held_out)}
-        return sets[train], sets[held_out], (f"{len(sets[train])} toy questions ({train}), pictures of {size} x {size} "
-                                             f"pixels; evaluated on {len(sets[held_out])} ({held_out})")
+        sets = {part: toy_examples(2000 if part in TRAINED else 400, config.seed, part, config.toy_pixels,
+                                   Path(config.out, "pictures")) for part in (train, held_out)}
+        return sets[train], sets[held_out], (
+            f"{len(sets[train])} toy questions ({train}), {config.toy_pixels} pixels wide; evaluated on "
+            f"{len(sets[held_out])} ({held_out})")
     examples = load_examples(config.data, config.image_root, skip_bad=config.skip_bad,
                              skipped_path=Path(config.out, "skipped.jsonl"))
     if config.eval_only or len(examples) < 100:
@@ -473,15 +435,14 @@ def load_sets(config):
 
 
 def questions_of(step, n, per_step, seed):
-    """Which questions step 1, 2, .. takes: every pass over the data in a new order, so that a step's number is all that
-    a resumed run needs to know."""
+    """Which questions step 1, 2, .. takes: every pass over the data has a new order, known by its number."""
     places = range((step - 1) * per_step, step * per_step)
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in places}}
     return [orders[i // n][i % n] for i in places]
 
 
 def digest(examples):
-    """What tells rows apart from others: a hash of what they ask and of what is right."""
+    """A hash of what rows ask and of what is right."""
     rows = [(e.id, e.problem, e.problem_type, e.options, e.solution) for e in examples]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
 
@@ -516,17 +477,18 @@ def load(name, config):
             name, dtype=dtype, attn_implementation=attention, output_loading_info=True, ignore_mismatched_sizes=True)
         for fault in ("missing", "mismatched", "unexpected"):
             if keys := sorted(map(str, report[f"{fault}_keys"])):
-                raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {', '.join(keys[:3])}.")
-        if len(processor.tokenizer) > len(model.get_input_embeddings().weight):
-            raise ValueError("its tokenizer has more tokens than its model has embeddings.")
-    except DAMAGE as error:
-        network = "" if Path(name).exists() else " Is there such an id, and a network or a cached copy?"
+                raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {keys[0]}.")
+    except Exception as error:
         file = "its *.safetensors are damaged: " * isinstance(error, SafetensorError)
+        network = " Is there such an id, and a network or a cached copy?" * (not Path(name).exists())
         raise SystemExit(f"{name} can't be used: {file}{' '.join(str(error).split())[:400]}{network}") from error
     eos = model.generation_config.eos_token_id
     ends = [processor.turn_end, *(eos if isinstance(eos, list) else [eos] * (eos is not None))]
     model.generation_config.eos_token_id = list(dict.fromkeys(ends))
     return model.to(device).eval(), processor
+
+
+ADAPTER_KEY = "base_model.model.{}.lora_{}.weight"  # what A and B of a layer are called in peft's files
 
 
 def read_adapter(folder):
@@ -536,30 +498,24 @@ def read_adapter(folder):
         settings = json.loads(Path(folder, "adapter_config.json").read_text())
         weights, rank = load_file(Path(folder, "adapter_model.safetensors")), settings["r"]
         names = sorted({key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in weights})
-        pairs = {name: [weights.pop(key) for key in adapter_keys(name)] for name in names}
-        other = [*weights, *(name for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern",
-                                               "modules_to_save") if settings.get(name))]
+        pairs = {name: [weights.pop(ADAPTER_KEY.format(name, part)) for part in "AB"] for name in names}
+        other = [*weights, *(name for name in ("use_dora", "use_rslora", "alpha_pattern") if settings.get(name))]
         if other or {len(a) for a, _ in pairs.values()} != {rank}:
-            raise ValueError(f"not one rank {rank}, or more than A and B: {', '.join(other[:3])}")
+            raise ValueError(f"not one rank, or more than A and B: {', '.join(other[:3])}")
         return settings["base_model_name_or_path"], settings["lora_alpha"] / rank, pairs
-    except DAMAGE as error:
+    except Exception as error:
         raise SystemExit(f"{folder} can't be used as an adapter: {error!r}") from error
 
 
 def write_adapter(folder, pairs, alpha, base):
     """An adapter as peft reads it: pairs {layer: (A [r, in], B [out, r])}; `base` is what it belongs to."""
     Path(folder).mkdir(parents=True)
-    save_file({key: part.detach().cpu() for name, pair in pairs.items() for key, part in zip(adapter_keys(name), pair)},
-              Path(folder, "adapter_model.safetensors"))
+    save_file({ADAPTER_KEY.format(name, part): weight.detach().cpu() for name, pair in pairs.items()
+               for part, weight in zip("AB", pair)}, Path(folder, "adapter_model.safetensors"))
     kinds = sorted({name.rpartition(".")[2] for name in pairs})
     write_json(Path(folder, "adapter_config.json"), {
         "peft_type": "LORA", "r": len(next(iter(pairs.values()))[0]), "lora_alpha": alpha, "bias": "none",
         "target_modules": rf"model\.language_model\..*\.({'|'.join(kinds)})", "base_model_name_or_path": base})
-
-
-def adapter_keys(name):
-    """What A and B of a layer are called in peft's files."""
-    return [f"base_model.model.{name}.lora_{part}.weight" for part in "AB"]
 
 
 # ---------------------------------------------------------------- text measures
@@ -1070,23 +1026,21 @@ def log_line(step, ranks, anneal, judged, times):
 
 
 def write_step(out, line, groups, config):
-    """Write a step's line, some groups for the report and, if wanted, every response. Every tenth step warns of what
-    would show only to those who look."""
+    """Write a step's line, some groups for the report and, if wanted, every response; warn now and then."""
+    step = line["step"]
     append_rows(out / "log.jsonl", [line])
     if config.save_rollouts:
         append_rows(out / "rollouts.jsonl", [
             {name: value for name, value in group.items() if name != "responses"} | response
             for group in groups for response in group["responses"]])
-    if line["step"] in (1, config.steps // 2, config.steps):
+    if step in (1, config.steps // 2, config.steps):
         shown = sorted(groups, key=lambda group: group["gamma"] or 1)[:4]  # the least trusted ones
-        append_rows(out / "groups.jsonl", [{**group, "thumbnail": thumbnail(group["image"])} for group in shown])
-    recent = read_lines(out / "log.jsonl")[-10:] if RANK == 0 and line["step"] % 10 == 0 else []
-    unscored, n = sum(past["unscored"] for past in recent), len(recent) * len(groups)
-    if unscored > n / 2:
-        tqdm.write(f"WARNING: the reward model gave no usable score for {unscored} of the last {n} groups", sys.stderr)
-    if recent and not any(past["format_rate"] for past in recent):
-        example = groups[0]["responses"][0]["response"][:300]
-        tqdm.write(f"WARNING: no response of the last 10 steps is in the format, as in {example!r}", sys.stderr)
+        append_rows(out / "groups.jsonl", [{**group, "thumbnail": group["image"] and thumbnail(group["image"])}
+                                              for group in shown])
+    for wrong, why in [(line["unscored"] > len(groups) / 2, "the reward model gave most groups no usable score"),
+                       (not line["format_rate"], "no response is in the format")]:
+        if wrong and step % 10 == 0 and RANK == 0:
+            tqdm.write(f"WARNING: step {step}: {why}: {groups[0]['responses'][0]['response'][:300]!r}", sys.stderr)
 
 
 # ---------------------------------------------------------------- files that survive a crash
@@ -1094,16 +1048,16 @@ def write_step(out, line, groups, config):
 
 @contextmanager
 def _beside(path):
-    """A folder next to `path` to write in what will take its place: across disks a rename would be a copy. One process
-    at a time has it, and what a killed one has left there goes first."""
+    """A folder next to `path` to write in what is then renamed to it. One process at a time has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, parent = path.with_name(f".{path.name}.new"), os.open(path.parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # NFS locks no folders
             fcntl.flock(parent, fcntl.LOCK_EX)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process has left
         folder.mkdir()
         yield folder
+        os.fsync(parent)  # the rename itself
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(parent)
@@ -1147,7 +1101,7 @@ def append_rows(path, rows):
 
 
 def read_lines(path):
-    """The objects of a JSON lines file, none if there is no file. A line torn by a crash is passed over."""
+    """The objects of a JSON lines file, if there is one, but for a line torn by a crash."""
     lines = []
     for line in Path(path).read_bytes().split(b"\n") if Path(path).exists() else ():
         with suppress(ValueError):  # no JSON, or half a character of UTF-8
@@ -1156,7 +1110,7 @@ def read_lines(path):
 
 
 def cut_log(out, step):
-    """Cut what a run left down to the steps up to `step`: those after it come again, with what was last."""
+    """Cut what a run left down to the steps up to `step`: those after it come again."""
     for path in (Path(out, name) for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl")):
         if path.exists():
             write_rows(path, (line for line in read_lines(path)
@@ -1164,8 +1118,7 @@ def cut_log(out, step):
 
 
 def save_folder(folder, model, processor, weights=None):
-    """Model (or other `weights`) and processor in Hugging Face format, with SHA256SUMS, whole in place of what was
-    there. Raises OSError."""
+    """Model (or other `weights`), processor and SHA256SUMS, whole in place of what was there. Raises OSError."""
     if RANK > 0:
         return
     with _beside(Path(folder)) as beside:
@@ -1179,9 +1132,9 @@ def save_folder(folder, model, processor, weights=None):
 
 
 def check_folder(folder):
-    """OSError if files of a model folder differ from its SHA256SUMS; what else stands in there is passed over."""
+    """OSError if files of a model folder differ from what its SHA256SUMS says, if it has such."""
     sums = Path(folder, "SHA256SUMS")
-    listed = re.findall(r"(?m)^([0-9a-f]{64}) [ *](\S.*)$", sums.read_text() if sums.exists() else "")
+    listed = re.findall(r"(?m)^([0-9a-f]{64})  (.+)$", sums.read_text() if sums.exists() else "")
     if damaged := [name for digest, name in listed if _sha256(Path(folder, name)) != digest]:
         raise OSError(f"{', '.join(damaged)} changed since it was saved (SHA256SUMS); restore it from a copy.")
 
@@ -1192,7 +1145,7 @@ def _sha256(path):
 
 
 def lock(folder):
-    """A lock on a run's folder, made if need be: one process alone writes there until it closes this file, or ends."""
+    """A lock on a run's folder, made if need be, until this file is closed, or the process ends."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder, f".lock{RANK or ''}"), "w")
@@ -1204,7 +1157,7 @@ def lock(folder):
 
 
 def write_checkpoint(config, state, examples):
-    """All that a resumed run needs, put in place in one rename: the last checkpoint survives a crash."""
+    """All that a resumed run needs, in one file: the one before survives a crash."""
     path = Path(config.out, "checkpoint", "state.pt")
     try:
         write_atomic(path, lambda file: torch.save(state | {"rows": digest(examples)}, file))
@@ -1214,20 +1167,18 @@ def write_checkpoint(config, state, examples):
 
 
 def read_checkpoint(config, examples):
-    """A saved state; the log is cut to it. A damaged one ends the run: torch reads flipped bits in silence, but its zip
-    format has checksums."""
+    """A saved state; the log is cut to it. torch reads flipped bits in silence, but its zip format has checksums."""
     path = Path(config.out, "checkpoint", "state.pt")
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
                 raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        same = state["rows"] == digest(examples)
-    except DAMAGE as error:
+        if state["rows"] != digest(examples):
+            raise SystemExit(f"{config.data} doesn't hold the rows that the run began with; restore them")
+    except Exception as error:
         raise SystemExit(f"{path} is damaged and wasn't loaded: {' '.join(str(error).split())[:200]}. Restore it "
                          "from a copy, or start the run again.") from error
-    if not same:
-        raise SystemExit(f"{config.data} doesn't hold the rows that the run began with; restore them")
     cut_log(config.out, state["step"])
     return state
 
@@ -1236,7 +1187,7 @@ def read_checkpoint(config, examples):
 
 
 def paired_difference(before, after):
-    """The change a question in words, with its 95% interval (normal, paired), for 0/1 results on the same questions."""
+    """The mean change between 0/1 results on the same questions, with its 95% interval (normal, paired), in words."""
     changes = np.subtract(after, before)
     if len(changes) < 30:
         return f"{changes.mean():+.3f}, too few questions for an interval"
@@ -1245,8 +1196,7 @@ def paired_difference(before, after):
 
 
 def evaluation(examples, texts, right, format_rate):
-    """What eval.json says: {accuracy, format_rate, n, by_type}; `soundness`, the share of right answers whose thinking
-    is sound, where the examples know it; `right`, a 0/1 a question."""
+    """What eval.json says; `right` is a 0/1 a question, `soundness` the share of right answers with sound thinking."""
     kinds = {kind: [hit for example, hit in zip(examples, right) if example.problem_type == kind]
              for kind in sorted({example.problem_type for example in examples})}
     result = {"accuracy": fmean(right), "format_rate": format_rate, "n": len(right),
@@ -1283,21 +1233,8 @@ def table(results):
     return text
 
 
-def plot(panels):
-    """PNG bytes, a panel for each function of a matplotlib axis, three a row. Without matplotlib raises ImportError."""
-    from matplotlib.figure import Figure  # here: only pictures need it, and it takes a second to import
-    rows, png = math.ceil(len(panels) / 3), io.BytesIO()
-    figure = Figure(figsize=(12, 3 * rows), layout="constrained")
-    for i, panel in enumerate(panels, 1):
-        panel(figure.add_subplot(rows, 3, i))
-    figure.savefig(png, dpi=80)
-    return png.getvalue()
-
-
 def thumbnail(path):
-    """A picture in small, as base64 of a PNG, so that the report needs nothing but the run's folder. None for None."""
-    if path is None:
-        return None
+    """A picture in small, as base64 of a PNG: the report needs no file but its own."""
     file, picture = io.BytesIO(), open_picture(path)
     picture.thumbnail((320, 320))
     picture.save(file, "PNG")
@@ -1307,18 +1244,49 @@ def thumbnail(path):
 CURVES = {"accuracy": "share of right answers", "outcome": "outcome reward R^o", "thinking": "thinking reward R^t",
           "gamma": "trust gamma", "anneal": "annealing exp(-step/T)", "kl": "KL to the reference",
           "length": "response length, tokens", "grad_norm": "gradient norm", "format_rate": "share in the format"}
-PAGE = """<!doctype html><meta charset="utf-8"><title>sophia_min</title><style>
+
+
+def curves(log, half):
+    """A PNG, as base64: each of CURVES by step, and its mean over so many steps to either side."""
+    from matplotlib.figure import Figure  # here: nothing else needs it
+    figure, file = Figure(figsize=(12, 9), layout="constrained"), io.BytesIO()
+    for i, (name, title) in enumerate(CURVES.items(), 1):
+        points = np.array([(line["step"], line[name]) for line in log if line[name] is not None]).reshape(-1, 2)
+        axis = figure.add_subplot(3, 3, i, title=title)
+        axis.plot(*points.T, "C0", alpha=0.3)
+        axis.plot(points[:, 0], [points[max(0, i - half):i + half + 1, 1].mean() for i in range(len(points))], "C0")
+    figure.savefig(file, dpi=80)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+PAGE = Template("""<!doctype html><meta charset="utf-8"><title>sophia_min</title><style>
 body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto}img{max-width:100%}pre{overflow-x:auto}
 section{border:1px solid #ddd;padding:1em;margin:1em 0}section>img{min-width:112px;image-rendering:pixelated}
 td,th{padding:.3em .7em;text-align:left;vertical-align:top}span{padding:.1em .5em}
-.right{background:#dff2df}.wrong{background:#eee}.lucky{background:#ffd98a}.praised{background:#f7c4c4}
-.mistrusted{background:#b3261e;color:#fff}</style>"""
-IMAGE = "<img src='data:image/png;base64,{}'>"
-LEGEND = """<h2>Some groups</h2><p><span class=right>right, thinking scored 0.5 or more</span>
-<span class=lucky>right, but thinking scored below</span> <span class=wrong>wrong</span>
-<span class=praised>wrong, but thinking scored 0.5 or more</span>
+.right{background:#ffd98a}.right.praised{background:#dff2df}.wrong{background:#eee}.wrong.praised{background:#f7c4c4}
+.mistrusted{background:#b3261e;color:#fff}</style>
+<h1>sophia_min: {{ name }}</h1><p>{{ chosen }}<h2>Held-out questions</h2><pre>{{ table }}</pre>
+<h2>Training, by step</h2>{% if missing %}<p>No curves, as matplotlib can't be imported ({{ missing }}): pip install
+matplotlib{% else %}<p>Pale: each step; dark: the mean over {{ 2 * half + 1 }} steps around it.
+<p><img src='data:image/png;base64,{{ png }}'>{% endif %}
+<h2>Some groups</h2><p><span class="right praised">right, thinking scored 0.5 or more</span>
+<span class=right>right, but thinking scored below</span> <span class=wrong>wrong</span>
+<span class="wrong praised">wrong, but thinking scored 0.5 or more</span>
 <span class=mistrusted>gamma below 1: wrong answers got the better thinking scores</span>
-<p>R^o: outcome, R^t: thinking, R: both (Eq. 5), A: advantage (Eq. 6). The lowest gammas of each step shown."""
+<p>R^o: outcome, R^t: thinking, R: both (Eq. 5), A: advantage (Eq. 6). The lowest gammas of each step shown.
+{% for group in groups %}<section>
+<h3>step {{ group.step }}: {{ group.problem }} {{ group.options | join(" ") }} (truth: {{ group.solution }})
+{% if group.gamma %}<span class="{{ "mistrusted" if group.gamma < 1 }}">gamma {{ "%.2f" % group.gamma }}</span>
+{% else %}not scored{% endif %}</h3>
+{% if group.thumbnail %}<img src='data:image/png;base64,{{ group.thumbnail }}'>{% endif %}
+<table><tr><th>response<th>R^o<th>R^t<th>R<th>A
+{% for r in group.responses %}
+{% set praised = (r.outcome if r.thinking is none else r.thinking) >= 0.5 %}
+<tr class="{{ "right" if r.outcome >= 0.5 else "wrong" }}{{ " praised" if praised }}"><td>{{ r.response }}
+{% for n in (r.outcome, r.thinking, r.reward, r.advantage) %}<td>{{ "-" if n is none else "%.2f" % n }}{% endfor %}
+{% endfor %}
+</table></section>{% endfor %}
+""", autoescape=True, trim_blocks=True)
 
 
 def write_report(out):
@@ -1326,35 +1294,12 @@ def write_report(out):
     if RANK > 0:
         return
     out, log = Path(out), read_lines(Path(out) / "log.jsonl")
-    settings, evaluation = (json.loads((out / name).read_text()) for name in ("config.json", "eval.json"))
-    half = len(log) // 20  # the running mean goes so far to either side: a tenth of the steps
-
-    def curve(name, axis):
-        points = np.array([(line["step"], line[name]) for line in log if line[name] is not None]).reshape(-1, 2)
-        axis.plot(*points.T, "C0", alpha=0.3)
-        axis.plot(points[:, 0], [points[max(0, i - half):i + half + 1, 1].mean() for i in range(len(points))], "C0")
-        axis.set_title(CURVES[name], fontsize=10)
-
+    settings, results = (json.loads((out / name).read_text()) for name in ("config.json", "eval.json"))
+    training = {"half": len(log) // 20}  # a running mean goes so far to either side: a tenth of the steps
     try:
-        png = base64.b64encode(plot([functools.partial(curve, name) for name in CURVES])).decode()
-        curves = f"<p>Pale: each step; dark: the mean over {2 * half + 1} steps around it.<p>{IMAGE.format(png)}"
+        training["png"] = curves(log, training["half"])
     except ImportError as error:
-        curves = f"<p>No curves, as matplotlib can't be imported ({escape(str(error))}): pip install matplotlib"
+        training["missing"] = str(error)
     chosen = ", ".join(f"{name} {settings[name]}" for name in "model reward_model trust alpha steps seed".split())
-    parts = [PAGE, f"<h1>sophia_min: {escape(out.name)}</h1><p>{escape(chosen)}<h2>Held-out questions</h2>",
-             f"<pre>{escape(table(evaluation))}</pre><h2>Training, by step</h2>", curves, LEGEND]
-    for group in read_lines(out / "groups.jsonl"):
-        gamma, asked = group["gamma"], " ".join([group["problem"], *group["options"], f"(truth: {group['solution']})"])
-        trust = "not scored" if gamma is None else f"gamma {gamma:.2f}"
-        kind = "mistrusted" if gamma and gamma < 1 else "trusted"
-        parts += [f"<section><h3>step {group['step']}: {escape(asked)} <span class={kind}>{trust}</span></h3>",
-                  IMAGE.format(group["thumbnail"]) if group["thumbnail"] else "",
-                  "<table><tr><th>response<th>R^o<th>R^t<th>R<th>A"]
-        for response in group["responses"]:
-            numbers = [response[name] for name in ("outcome", "thinking", "reward", "advantage")]
-            right, praised = numbers[0] >= 0.5, (numbers[0] if numbers[1] is None else numbers[1]) >= 0.5
-            kind = {(1, 1): "right", (1, 0): "lucky", (0, 1): "praised", (0, 0): "wrong"}[right, praised]
-            cells = [escape(response["response"]), *("-" if n is None else f"{n:.2f}" for n in numbers)]
-            parts.append(f"<tr class={kind}><td>" + "<td>".join(cells))
-        parts.append("</table></section>")
-    write_atomic(out / "report.html", "\n".join(parts))
+    write_atomic(out / "report.html", PAGE.render(name=out.name, chosen=chosen, table=table(results), **training,
+                                                  groups=read_lines(out / "groups.jsonl")))

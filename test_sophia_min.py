@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import statistics
 import string
 import struct
@@ -159,11 +160,10 @@ def test_bad_rows_are_told_with_field_and_reason_or_left_out(rows_in, capsys, na
         id = repr(entry["row"]["problem_id"]) if has_id else "no id"
         assert place == f"{file}: row {number} ({id}" and re.search(words, reason), entry
         assert (place + reason).isprintable(), entry  # one line, whatever the row holds
-    for bad, more in [(20, []), (21, ["... and 1 more"])]:
-        with pytest.raises(data.DataError, match="leave them out with --skip_bad") as caught:
-            rows_in(*rows[:bad + 1], name=name)
-        reasons = [entry["reason"] for entry in entries[:20]]
-        assert str(caught.value).splitlines()[:-1] == [f"{file}: {bad} of {bad + 1} rows are bad", *reasons, *more]
+    with pytest.raises(data.DataError, match="leave them out with --skip_bad") as caught:
+        rows_in(*rows[:22], name=name)
+    assert str(caught.value).splitlines()[:-1] == [
+        f"{file}: 21 of 22 rows are bad, the first of them:", *(entry["reason"] for entry in entries[:20])]
 
 
 def test_where_the_list_of_bad_rows_goes(rows_in):
@@ -173,13 +173,10 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
     assert entry["row"] == '{"torn": ' and "row 3 (no id): Expecting value: line 1 column 10" in entry["reason"]
     rows_in(paper_row(), skip_bad=True)
     assert not (rows_in.folder / "skipped.jsonl").exists()
-    for rows, place, words in [(({}, []), None, "(?s)2 of 2 rows are bad.*row 1 .*row 2 .*No row is left"),
+    for rows, place, words in [(({}, []), None, "(?s)2 of 2 rows are bad.*row 1 .*row 2 .*if any row is left"),
                                ((paper_row(), {}), rows_in.folder / "rows.json/file", "can't be written")]:
         with pytest.raises(data.DataError, match=words):
             rows_in(*rows, skip_bad=True, skipped_path=place)
-    for depth in range(850, 1000):  # somewhere here is the edge of what JSON can nest
-        with contextlib.suppress(data.DataError):
-            rows_in(name="rows.jsonl", text=f"{json.dumps(paper_row())}\n{'[' * depth}{']' * depth}", skip_bad=True)
     examples = rows_in(paper_row(), {}, paper_row(problem_id="long"), skip_bad=True)
     config = types.SimpleNamespace(max_prompt_tokens=2, skip_bad=True, out=rows_in.folder, data="rows.json")
     processor = types.SimpleNamespace(length=lambda example: len(example.id))  # a prompt too long joins the list
@@ -189,13 +186,13 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
 
 
 @pytest.mark.parametrize("name, text, words", [
-    *[("rows.json", text, "empty") for text in (b"", b"\xef\xbb\xbf \n", b"[]")], ("rows.jsonl", b"\n \n", "empty"),
+    ("rows.json", b"\xef\xbb\xbf \n", "no JSON"), ("rows.json", b"[]", "empty"), ("rows.jsonl", b"\n \n", "empty"),
     ("rows.json", b"{}", "list of rows"), ("rows.json", b"3", "list of rows"), ("rows.json", b"\xff\xfe[\0]", "UTF-8"),
     ("rows.json", b'[{"a": 1},\n {"b" 2}]', "line 2 column 7"), ("rows.json", b'{"a": 1}\n{"a": 2}\n', "jsonl"),
     ("rows.json", b"[" * 5000, "no JSON"), ("rows.json", b"[" + b"1" * 5000 + b"]", "no JSON"),
     ("rows.jsonl", b'{"a"\n', r"row 1 \(no id\): .*column"), ("rows.jsonl", b"[" * 5000, "row 1 .*recursion"),
-    ("rows.parquet", b"PAR1", "read_parquet.*to_json"), ("rows.csv", b"a,b", "json"), ("rows", b"[]", "json"),
-    ("none.json", None, "No such file"), ("", None, "must be one .json or .jsonl"), ("dir.json", None, "directory")])
+    ("rows.csv", b"a,b", "must be one .json or .jsonl"), ("none.json", None, "No such file"), ("", None, "must be one"),
+    ("dir.json", None, "directory")])
 def test_files_that_are_no_rows(rows_in, name, text, words):
     (rows_in.folder / "dir.json").mkdir()
     with pytest.raises(data.DataError, match=words) as caught:
@@ -270,7 +267,7 @@ def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about damaged tags
 @pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp", "bmp", "tif", "ppm"])
 def test_damaged_pictures(rows_in, monkeypatch, kind):
-    row, rng = paper_row(path=f"images/d.{kind}"), np.random.default_rng(0)
+    row = paper_row(path=f"images/d.{kind}")
     path = rows_in.folder / row["path"]
     NOISE.resize((8, 8)).save(path, "JPEG")
     NOISE.crop((0, 0, 60, 50)).save(path, **{"comment": path.read_bytes()} if kind == "jpg" else {})  # whole one inside
@@ -286,16 +283,6 @@ def test_damaged_pictures(rows_in, monkeypatch, kind):
         for look in (lambda: rows_in(row), lambda: data.open_picture(path)):
             with pytest.raises(data.DataError, match=f"path: '{path}' can't be read as a picture"):
                 look()
-    for _ in range(150):
-        damaged = bytearray(whole)
-        for at in rng.integers(0, 150, 2):
-            damaged[at] = rng.integers(256)
-        path.write_bytes(damaged)
-        try:
-            data.check_picture(str(path.parent), path.name, 200, 100_000)  # before decoding: sizes may be wild now
-            data.open_picture(path)
-        except data.DataError as error:
-            assert path.name in str(error)
 
 
 def test_a_wrong_byte_in_the_middle_of_a_png_is_found(tmp_path):
@@ -399,9 +386,6 @@ def test_shared_rows_and_pictures(rows_in, tmp_path):
     sound = rows_in(*rows, image_root=odd, skip_bad=True)
     assert {row["path"] for row in rows} - {e.id for e in sound} == {"truncated.jpg"}
     assert all(np.std(data.open_picture(e.image)) > 0 for e in examples + sound if e.image)
-    board = np.asarray(data.open_picture(odd / "chessboard_GRAY_U16.tif"))
-    assert (board < 50).mean() > 0.3 and (board > 200).mean() > 0.3
-    assert (np.asarray(data.open_picture(SHARED / "sample/images/horse.png"))[0] > 250).all()  # transparent there
 
 
 def test_every_row_can_be_won_and_options_are_shown_with_letters(rows_in):
@@ -1102,12 +1086,13 @@ def test_write_atomic(tmp_path, monkeypatch):
 
 
 def test_a_file_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
-    done, replace, fsync = [], os.replace, os.fsync
+    done, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda *names: done.append("replace") or replace(*names))
-    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_size) or fsync(file))
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(
+        "folder" if stat.S_ISDIR(os.fstat(file).st_mode) else os.fstat(file).st_size))
     data.write_json(tmp_path / "a", [1])
     data.append_rows(tmp_path / "b", [1234])
-    assert done == [7, "replace", 5] and (tmp_path / "a").read_text() == "[\n 1\n]\n"
+    assert done == [7, "replace", "folder", 5] and (tmp_path / "a").read_text() == "[\n 1\n]\n"
 
 
 def test_lines_survive_a_torn_one_and_can_be_cut(tmp_path):
@@ -1176,29 +1161,24 @@ def test_damaged_files_are_named(tmp_path):
 # ---------------------------------------------------------------- what a run shows
 
 
-def test_paired_difference():
-    rng = random.Random(0)
-    before, after = ([int(rng.random() < p) for _ in range(30)] for p in (.3, .6))
-    changes = [b - a for a, b in zip(before, after)]
-    mean, half = statistics.mean(changes), 1.96 * statistics.stdev(changes) / 30 ** .5
-    interval = f"95% interval {mean - half:+.3f} to {mean + half:+.3f}"
-    assert data.paired_difference(before, after) == f"{mean:+.3f}, {interval}"
-    assert data.paired_difference([0] * 29, [1] * 29) == "+1.000, too few questions for an interval"
-
-
 def test_table():
-    before, after = ({"accuracy": share, "format_rate": share / 3, "n": 4, "right": right, "by_type": {
-        "OCR": {"accuracy": share / 2, "n": 3}}} for share, right in ((.25, [0, 0, 0, 1]), (.75, [0, 1, 1, 1])))
+    rng = random.Random(0)
+    right = [[int(rng.random() < p) for _ in range(30)] for p in (.3, .6)]
+    before, after = ({"accuracy": share, "format_rate": share / 3, "n": 4, "right": hits, "by_type": {
+        "OCR": {"accuracy": share / 2, "n": 3}}} for share, hits in zip((.25, .75), right))
+    changes = [b - a for a, b in zip(*right)]
+    mean, half = statistics.mean(changes), 1.96 * statistics.stdev(changes) / 30 ** .5
     rows = ["before after", "right answers 0.250 0.750 of 4", "OCR 0.125 0.375 of 3", "in the right format 0.083 0.250",
             "sound thinking, of right answers - 0.500",
-            "change in right answers: +0.500, too few questions for an interval"]
+            f"change in right answers: {mean:+.3f}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}"]
     shown = data.table({"before": {**before, "soundness": None}, "after": {**after, "soundness": .5}})
     assert [" ".join(line.split()) for line in shown.splitlines()] == rows
     assert [len(line.split("  of")[0]) for line in data.table({"now": before}).splitlines()] == [44] * 4
+    assert data.paired_difference([0] * 29, [1] * 29) == "+1.000, too few questions for an interval"
 
 
 def test_report_shows_curves_and_groups_and_needs_nothing_else(tmp_path, monkeypatch):
-    out, now, shown = tmp_path / "<run>", {"accuracy": .25, "format_rate": 1, "n": 1, "right": [0], "by_type": {}}, {}
+    out, now, lines = tmp_path / "<run>", {"accuracy": .25, "format_rate": 1, "n": 1, "right": [0], "by_type": {}}, []
     data.write_json(out / "config.json", dict.fromkeys("model reward_model trust alpha steps seed".split(), "<b>"))
     data.write_json(out / "eval.json", {"before": now, "after": now})
     data.append_rows(out / "log.jsonl", [dict.fromkeys(data.CURVES, .5) | {
@@ -1208,7 +1188,7 @@ def test_report_shows_curves_and_groups_and_needs_nothing_else(tmp_path, monkeyp
                                 (.4, None, [(0, 1)]), (None, None, [(1, None), (0, None)])]:
         data.append_rows(out / "groups.jsonl", [{
             "step": 2, "problem": "<p>", "options": ["A. <o>"], "solution": "<s>", "gamma": gamma,
-            "thumbnail": data.thumbnail(path), "responses": [
+            "thumbnail": path and data.thumbnail(path), "responses": [
                 {"response": "<think>", "outcome": outcome, "thinking": thinking, "reward": .25, "advantage": -.5}
                 for outcome, thinking in scores]}])
     data.write_report(out)
@@ -1216,31 +1196,23 @@ def test_report_shows_curves_and_groups_and_needs_nothing_else(tmp_path, monkeyp
     curves, picture = (Image.open(io.BytesIO(base64.b64decode(found))) for found in re.findall("base64,(.*?)'", page))
     assert curves.size == (960, 720) and len(curves.getcolors(10 ** 6)) > 10
     assert picture.size == (320, 107) and picture.getpixel((9, 9)) == (255, 0, 0)
-    assert re.findall("<tr class=(.*?)><td>&lt;think&gt;<td>(.*?)<td>(.*?)<td>0.25<td>-0.50", page) == [
-        ("right", "1.00", "0.50"), ("lucky", "0.50", "0.49"), ("praised", "0.49", "0.50"), ("wrong", "0.00", "0.40"),
-        ("praised", "0.00", "1.00"), ("right", "1.00", "-"), ("wrong", "0.00", "-")]
-    assert re.findall("step 2: &lt;p&gt; A. &lt;o&gt; .truth: &lt;s&gt;. (.*)</h", page) == [
-        f"<span class={kind}>{trust}</span>" for kind, trust in (
-            ("trusted", "gamma 1.00"), ("mistrusted", "gamma 0.40"), ("trusted", "not scored"))]
+    assert re.findall('<tr class="(.*?)"><td>&lt;think&gt;\n<td>(.*?)<td>(.*?)<td>0.25<td>-0.50', page) == [
+        ("right praised", "1.00", "0.50"), ("right", "0.50", "0.49"), ("wrong praised", "0.49", "0.50"),
+        ("wrong", "0.00", "0.40"), ("wrong praised", "0.00", "1.00"), ("right praised", "1.00", "-"),
+        ("wrong", "0.00", "-")]
+    assert re.findall("step 2: &lt;p&gt; A. &lt;o&gt; .truth: &lt;s&gt;.\n(.*)", page) == [
+        '<span class="">gamma 1.00</span>', '<span class="mistrusted">gamma 0.40</span>', "not scored</h3>"]
     assert data.table({"before": now, "after": now}) in page and "&lt;run&gt;" in page and "trust &lt;b&gt;" in page
     assert "http" not in page and "matplotlib" not in page and "the mean over 5 steps around it" in page
 
-    for module in (None, types.ModuleType("matplotlib.figure")):  # it isn't there, or is broken: importing it fails
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", module)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
         data.write_report(out)
-        lines = zip(page.splitlines(), (out / "report.html").read_text().splitlines(), strict=True)
-        (curves, missing), = ((line, other) for line, other in lines if line != other)
-        assert "<img" in curves and "pip install matplotlib" in missing
-
-    def draw(panels):
-        for name, panel in zip(data.CURVES, panels, strict=True):
-            lines = shown[name] = []
-            panel(types.SimpleNamespace(set_title=lambda *_, **__: None, plot=lambda x, y, *_, **__: lines.append(
-                dict(zip(x, y, strict=True)))))
-        return b""
-
-    monkeypatch.setattr(data, "plot", draw)
+    assert "pip install\nmatplotlib" in (out / "report.html").read_text()
+    monkeypatch.setattr("matplotlib.axes.Axes.plot",
+                        lambda axis, x, y, *_, **__: lines.append(dict(zip(x, y, strict=True))))
     data.write_report(out)
+    shown = dict(zip(data.CURVES, zip(lines[::2], lines[1::2], strict=True), strict=True))
     raw, mean = shown["kl"]
     assert raw == {step: step ** 2 for step in range(40)} and [len(line) for line in shown["thinking"]] == [9, 9]
     assert mean == pytest.approx({step: statistics.fmean(
@@ -2016,7 +1988,7 @@ ROWS, NO_SCORE = "--out x rows.jsonl", "rows.jsonl: row 1 (toy-train-0-0): score
     (f"annotate --judge full {ROWS}", {}, "CUDA out of memory. Tried to allocate 2.00 GiB. What helps: --max_pixels"),
     (f"train --rm_mode reason --model start {ROWS}", {}, "rows.jsonl: row 1 (toy-train-0-0): critique: is missing"),
     (f"train --model start {ROWS}", {}, "rows.jsonl: all 2 rows would be held out: add --all_rows, or more rows"),
-    (f"balance {ROWS} --per_intervall 3", {}, "--per_intervall: there is no such option; do you mean --per_interval?"),
+    (f"balance {ROWS} --per_intervall 3", {}, "--per_intervall: there is no such option"),
     (f"eval --judge start --rm_mode guess {ROWS}", {}, "--rm_mode: invalid choice"),
     ("balance rows.jsonl", {}, "required: --out"), ("", {}, "required: collect|annotate|balance|train|eval")])
 def test_what_a_command_cant_use_ends_it_in_one_line(toy_rollouts, monkeypatch, capsys, command, changes, message):
@@ -2205,7 +2177,7 @@ def test_a_flag_beside_resume_wins_and_what_cant_go_on_is_refused(run, flags, re
     for argv, reason, status in [
             (flags("out"), f"{out} holds a run already: go on with --resume {out}, or choose another --out", 2),
             ([*go_on, "--out", tmp_path / "x"], "--out: a resumed run stays there", 2),
-            (["--resume", tmp_path / "x"], "no config.json there", 2), ([*go_on, "--alpha", -1], "--alpha must be", 2),
+            (["--resume", tmp_path / "x"], "no run to continue", 2), ([*go_on, "--alpha", -1], "--alpha must be", 2),
             *(([*go_on, f"--{name}", "true"], "a resumed run keeps its own", 2)
               for name in ("model", "reward_model", "freeze_vision", "eval_only"))]:
         assert reason in end_of(capsys, argv, status)
@@ -2356,7 +2328,7 @@ def test_a_judge_without_scores_is_reported_loudly(run, folders, monkeypatch, ca
     monkeypatch.setattr(sophia_min.ThinkingRewardModel, "score",
                         lambda self, examples, groups: torch.full((len(groups), len(groups[0])), math.nan))
     out = run("out", "--reward_model", folders / "judge", "--questions_per_step", 5, "--steps", 12, "--group_size", 2)
-    assert capsys.readouterr().err.count("WARNING: the reward model gave no usable score for 50 of the last 50") == 1
+    assert capsys.readouterr().err.count("WARNING: step 10: the reward model gave most groups no usable") == 1
     assert [line["unscored"] for line in log_of(out)] == [5] * 12
 
 
@@ -2829,12 +2801,11 @@ def writes(name, content):
 
 @pytest.mark.parametrize("harm, said", [
     (weights_of("visual"), "30 weights are missing in its .*first model.visual"),
-    (weights_of("layers.1."), "12 weights are missing"), (weights_of("^", "base_model.model."), "weights are missing"),
-    (weights_of("q_proj", "query"), "8 weights are missing"),
+    (weights_of("layers.1."), "12 weights are missing"), (weights_of("q_proj", "query"), "8 weights are missing"),
     (weights_of(more={"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
     (weights_of(more={"model.language_model.norm.weight": torch.ones(3)}), "1 weights are mismatched"),
     (writes("config.json", '{"model_type": "qwen3_5"}'), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
-    (writes("config.json", "{}"), "config.json"), (writes("config.json", '{"model'), "config.json"),
+    (writes("config.json", '{"model'), "config.json"),
     (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), "its chat template .*: no system"),
     *[(writes("chat_template.jinja", "{% for m in " + turns.replace(
         "TEXT", "{{ m.content if m.content is string else m.content[-1].text }}") + "{% endfor %}"),
@@ -2924,7 +2895,7 @@ def test_one_process_writes_into_a_folder(flags, tmp_path, capsys):
 def test_responses_without_the_format_are_reported_once(run, capsys):
     run("out", "--steps", 12)
     said = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
-    assert len(said) == 1 and "no response of the last 10 steps is in the format" in said[0]
+    assert len(said) == 1 and "step 10: no response is in the format" in said[0]
 
 
 def family_model(kind):
@@ -2978,10 +2949,10 @@ def test_its_sisters_run_the_whole_road(kind, official, flags, road_examples, tm
 
 @pytest.mark.parametrize("command, reason", [
     ("--group_size 1", "--group_size must be 2 or more"), ("--alpha -1", "alpha"), ("--clip_eps 2", "must be below 1"),
-    ("--anneal maybe", "anneal"), ("--trust blind", "trust"), ("--resume nowhere", "so no run to continue"),
+    ("--anneal maybe", "anneal"), ("--trust blind", "trust"), ("--resume nowhere", "no run to continue"),
     ("--data x.json", "oracle"), ("--lr nan", "lr"), ("--lr inf", "lr"), ("--steps 1.5", "steps"),
     ("--device gpu", "cuda:N"), ("--toy_pixels 448", "56"), ("--rm_prompt x", "no such file"), ("x", "x: there"),
-    ("--modle toy", "--modle: there is no such option; do you mean --model?"), ("--model", "expected one argument"),
+    ("--modle toy", "--modle: there is no such option"), ("--model", "expected one argument"),
     ("--min_new_tokens 99 --max_new_tokens 9", "must not be above --max_new_tokens"), ("--study", "--study"),
     *((f"--{name} {least / 2 - 1 if type(least) is float else least - 1}", name)
       for name, least in sophia_min.LEAST.items()),
@@ -3000,6 +2971,14 @@ def test_a_wrong_command_line_ends_in_one_line(capsys, command, reason):
     ("--reward_model base --steps 3", dict(reward_model="base", steps=3, lr=1e-4))])
 def test_settings_are_those_of_the_command_line_and_of_the_world(command, expected):
     assert {name: getattr(sophia_min.configure(command.split()), name) for name in expected} == expected
+
+
+def test_off_the_main_thread_a_ctrl_c_is_left_to_others():
+    def listen():
+        with data.StopAfterStep() as stopping:
+            return stopping.asked, signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(listen).result() == (False, signal.getsignal(signal.SIGINT))
 
 
 def test_help_names_the_sources(capsys):
