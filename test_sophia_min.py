@@ -1948,7 +1948,7 @@ def toy_rollouts(tmp_path, monkeypatch):
     twice, and three of the second run's are held out."""
     monkeypatch.chdir(tmp_path)
     rng, rows = random.Random(0), []
-    for example, question in zip(data.toy_examples(30, 0, folder=tmp_path), data.toy_questions(30, 0)):
+    for example, question in zip(*(make(30, "3-1", True) for make in (data.toy_examples, data.toy_questions))):
         rows += [data.about(example, step) | {"response": question.response(rng, question.habit(rng))}
                  for step in range(1, 7)]
     rows.append({**rows[0], "image": rows[-1]["image"]})  # the same id and response with another picture
@@ -1975,7 +1975,7 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
     assert pairs_of(pool) == pairs and data.read_lines("held.jsonl") == toy_rollouts[1]
 
     run("annotate pool.jsonl --judge toy --out labels.jsonl")
-    labelled, questions = data.read_lines("labels.jsonl"), data.toy_questions(30, 0)
+    labelled, questions = data.read_lines("labels.jsonl"), data.toy_questions(30, "3-1", True)
     asked = [(row, questions[int(row["id"].rpartition("-")[2])], row["response"]) for row in pool]
     assert labelled == [{**row, "score": question.soundness(text), "critique": question.critique(text),
                          "faults": dict(question.faults(text)[0])} for row, question, text in asked]
@@ -1984,6 +1984,7 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
         file.write('{"id": "to')  # as a kill leaves it
     assert "(50 had one before)" in run("annotate pool.jsonl --judge toy --out labels.jsonl")
     assert data.read_lines("labels.jsonl") == labelled
+    assert data.toy_question("toy-train-0-1500") == data.toy_questions(1501, 0)[1500]
 
     scores = Counter(row["score"] for row in labelled)
     unfit = [{**labelled[0], "score": min(scores, key=scores.get), "response": text} for text in (
@@ -2022,7 +2023,7 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
     run("eval mixed.jsonl --judge start few --out eval")
     result = json.loads(Path("eval.json").read_text())
     assert list(result) == ["start", "few"] and result["few"] == result["start"] and result["few"]["auc"] == 1
-    assert result["few"]["spearman"] > 0.999 and result["few"]["unscored"] == pytest.approx(missing / len(pairs)) and missing
+    assert result["few"]["spearman"] > 0.999 and missing == round(result["few"]["unscored"] * len(pairs)) > 0
     shown = run("annotate pool.jsonl --judge start --out other.jsonl")
     assert f"{len(pairs) - missing} of {len(pairs)} responses have a score (0 had one before)" in shown
     assert [row["score"] for row in data.read_lines("other.jsonl")] == [
@@ -2035,13 +2036,13 @@ ROWS = "--out x rows.jsonl"
 @pytest.mark.parametrize("command, changes, message", [
     ("collect --out x nowhere", {}, "nowhere/rollouts.jsonl: no rows there"),
     (f"balance {ROWS}", None, "rows.jsonl: no rows there"),
-    (f"balance {ROWS}", {"image": ...}, "rows.jsonl: row 1 (toy-train-0-0): image: is missing"),
-    *((f"balance {ROWS}", {"score": score}, f"row 1 (toy-train-0-0): score: {score!r} isn't a number from 0 to 1")
+    (f"balance {ROWS}", {"image": ...}, "rows.jsonl: row 1 (toy-held-out-3-1-0): image: is missing"),
+    *((f"balance {ROWS}", {"score": score}, f"row 1 (toy-held-out-3-1-0): score: {score!r} isn't a number from 0 to 1")
       for score in ("0.5", 3, None, -0.1, True)),
     (f"annotate --judge toy {ROWS}", {"id": "17"}, "17: is no question of the toy world, whose oracle knows no other"),
     (f"annotate --judge nowhere {ROWS}", {}, "nowhere can't be used"),
     (f"annotate --judge full {ROWS}", {}, "CUDA out of memory. Tried to allocate 2.00 GiB."),
-    (f"train --rm_mode reason --model start {ROWS}", {}, "rows.jsonl: row 1 (toy-train-0-0): critique: is missing"),
+    (f"train --rm_mode reason --model start {ROWS}", {}, "rows.jsonl: row 1 (toy-held-out-3-1-0): critique: is missing"),
     (f"train --model start {ROWS}", {}, "rows.jsonl: all 2 rows would be held out: add --all_rows, or more rows"),
     (f"balance {ROWS} --per_intervall 3", {}, "--per_intervall: there is no such option; do you mean --per_interval?"),
     (f"eval --judge start --rm_mode guess {ROWS}", {}, "--rm_mode: invalid choice"),
@@ -2057,13 +2058,6 @@ def test_what_a_command_cant_use_ends_it_in_one_line(toy_rollouts, monkeypatch, 
         reward_model.main(command.split())
     said = capsys.readouterr().err.strip() if stop.value.code == 2 else str(stop.value)
     assert message in said and "\n" not in said and not Path("x").exists()
-
-
-def test_toy_questions_are_found_by_their_id():
-    for held_out, seed in itertools.product((False, True), (0, "judge 3-1")):
-        for example, question in zip(data.toy_examples(9, seed, held_out), data.toy_questions(9, seed, held_out)):
-            assert data.toy_question(example.id) == question
-    assert data.toy_question("toy-train-0-1500") == data.toy_questions(1501, 0)[1500]
 
 
 def test_ranks_and_auc_are_those_of_counting():
@@ -2144,8 +2138,7 @@ def log_of(out):
 
 
 def assert_same_run(*outs):
-    one, other = (Qwen2_5_VLForConditionalGeneration.from_pretrained(out / "model").state_dict() for out in outs)
-    assert all(torch.equal(weight, other[name]) for name, weight in one.items())
+    assert len({(out / "model" / "model.safetensors").read_bytes() for out in outs}) == 1
     assert log_of(outs[0]) == log_of(outs[1])
 
 
@@ -2160,14 +2153,10 @@ def end_of(capsys, argv, status=1):
 
 def test_folders_and_rows_run_end_to_end(run, folders, real_rows, capsys):
     """What the run leaves can be evaluated; its judge and its start are kept beside the checkpoint."""
-    out = run("out", "--reward_model", folders / "judge", "--questions_per_step", 2, "--max_new_tokens", 24,
-              "--save_rollouts")
+    out = run("out", "--reward_model", folders / "judge", "--questions_per_step", 2, "--max_new_tokens", 24)
     shown, result = capsys.readouterr().out, json.loads((out / "eval.json").read_text())
     assert all(word in shown for word in ("5 rows", "float32, sdpa", "right answers", "self-test"))
     assert all(line["unscored"] == 0 and line["thinking"] > 0 for line in log_of(out))
-    responses = data.read_lines(out / "rollouts.jsonl")  # evaluation uses the training rows: nothing is held out
-    assert [row["step"] for row in responses] == [step for step in range(1, 5) for _ in range(6)]
-    assert not any("held_out" in row for row in responses)
     for made, given in (("start", "model"), ("reward_model", "judge")):
         one, other, trained = (Path(folder, "model.safetensors").read_bytes() for folder in (
             out / "checkpoint" / made, folders / given, out / "model"))
@@ -2179,26 +2168,25 @@ def test_folders_and_rows_run_end_to_end(run, folders, real_rows, capsys):
     assert not (out / "eval" / "config.json").exists()
 
 
-def test_saving_rollouts_changes_nothing_and_keeps_held_out_ones_apart(run, monkeypatch):
-    """A finished run, asked to go on, has them once."""
+def test_held_out_responses_are_saved_apart_and_once(run, monkeypatch):
+    """Also by a finished run that is asked to go on."""
     load_sets = data.load_sets
     monkeypatch.setattr(data, "load_sets", lambda config: (load_sets(config)[0][:3], load_sets(config)[0][3:], "x"))
-    kept, without = run("kept", "--steps", 2, "--save_rollouts"), run("without", "--steps", 2)
-    sophia_min.main(["--resume", str(kept)])
-    assert_same_run(kept, without)
-    rows = [(row["step"], "held_out" in row) for row in data.read_lines(kept / "rollouts.jsonl")]
+    out = run("out", "--steps", 2, "--save_rollouts")
+    sophia_min.main(["--resume", str(out)])
+    rows = [(row["step"], "held_out" in row) for row in data.read_lines(out / "rollouts.jsonl")]
     assert sorted(rows) == [(0, True)] * 2 + [(1, False)] * 3 + [(2, False)] * 3 + [(2, True)] * 2
-    assert not (without / "rollouts.jsonl").exists()
 
 
 @pytest.mark.parametrize("lora", [0, 3])
 def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypatch, lora):
-    """The second part in a new process that gets nothing but the folder, after a kill in the middle of step 13."""
+    """The second part in a new process that gets nothing but the folder, after a kill in the middle of step 13. That
+    the parts save their responses changes nothing."""
     parts, plain = tmp_path / "parts", sophia_min.train_step
     more = ["--steps", 25, "--save_every", 10, "--lora", lora]
     monkeypatch.setattr(sophia_min, "train_step", lambda step, *more: (
         plain(step, *more) if step < 13 else os.kill(os.getpid(), 9)))
-    os.waitpid(in_a_fork(lambda: sophia_min.main(flags("parts", *more))), 0)
+    os.waitpid(in_a_fork(lambda: sophia_min.main(flags("parts", "--save_rollouts", *more))), 0)
     monkeypatch.setattr(sophia_min, "train_step", plain)
     assert log_of(parts)[-1]["step"] == 12
     with open(parts / "log.jsonl", "a") as file:
@@ -2208,6 +2196,8 @@ def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypa
     assert "after step 10 of 25" in resumed.stdout and resumed.returncode == 0, resumed.stderr[-2000:]
     assert [line["step"] for line in log_of(parts)] == list(range(1, 26))
     assert [group["step"] for group in data.read_lines(parts / "groups.jsonl")] == [1, 12, 25]
+    assert [(row["step"], "held_out" in row) for row in data.read_lines(parts / "rollouts.jsonl")] == [
+        (step, False) for step in range(1, 26) for _ in range(3)]  # evaluation uses the training rows
     assert_same_run(run("whole", *more), parts)
 
 
@@ -2325,8 +2315,8 @@ def in_a_fork(work):
     return child
 
 
-def test_killed_ten_times_or_on_a_full_disk_a_save_leaves_a_checkpoint(saved, monkeypatch, tmp_path):
-    (save, load, _), plain, inside, folder = saved, torch.save, 0, tmp_path / "checkpoint"
+def test_killed_or_on_a_full_disk_a_save_leaves_the_checkpoint(saved, monkeypatch, tmp_path):
+    save, load, _ = saved
 
     def save_on_a_full_disk():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -2334,18 +2324,12 @@ def test_killed_ten_times_or_on_a_full_disk_a_save_leaves_a_checkpoint(saved, mo
         with pytest.raises(SystemExit, match="step 2: .*can't be written"):
             save(2)
 
-    with monkeypatch.context() as slow:
-        slow.setattr(torch, "save", lambda state, file: plain(state, file) or file.flush() or time.sleep(0.6))
-        for wait in torch.linspace(0.3, 1.3, 10).tolist():
-            child = in_a_fork(lambda: [save(step) for step in range(2, 100)])
-            time.sleep(wait)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            inside += any(file.stat().st_size > 0 for file in folder.glob(".state.pt.new/*"))
-            assert load() >= 1
-    save(1)
-    assert inside >= 5 and os.waitpid(in_a_fork(save_on_a_full_disk), 0)[1] == 0 and load() == 1
-    assert os.listdir(folder) == ["state.pt"]  # what kills and the full disk left behind is gone
+    for module, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            assert os.waitpid(in_a_fork(lambda: save(2)), 0)[1] == signal.SIGKILL and load() == 1
+    assert os.waitpid(in_a_fork(save_on_a_full_disk), 0)[1] == 0 and load() == 1
+    assert os.listdir(tmp_path / "checkpoint") == ["state.pt"]  # what kills and the full disk left behind is gone
 
 
 def test_a_damaged_checkpoint_is_never_loaded_and_runs_nothing(saved, tmp_path):
