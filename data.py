@@ -23,7 +23,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from html.entities import html5
-from itertools import groupby
 from pathlib import Path
 from reprlib import repr as show  # any value on one short line, nesting cut: a row may hold anything
 from statistics import fmean, stdev

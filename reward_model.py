@@ -7,7 +7,6 @@ import math
 import random
 import re
 import zlib
-from argparse import SUPPRESS
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +23,9 @@ from sophia_min import (ASK, CRITERIA, DELIMITER, JUDGE_FORM, TRAINED_HERE, Conf
 
 
 def sft(model, items, encode, steps, per_step, lr, desc, seed=0, micro_batch=0):
-    """Supervised fine-tuning, in place: cross-entropy on the target tokens only, with linear warm-up and decay.
-    encode(item) gives (data.Prompts, targets), all rows that share a beginning, which is computed once. `micro_batch`:
-    items a backward pass (0: all)."""
+    """Supervised fine-tuning, in place: cross-entropy on the target tokens only. encode(item) gives (data.Prompts,
+    targets), rows that share a beginning, computed once. `micro_batch`: items a backward pass (0: all)."""
+    micro_batch = micro_batch or per_step
     optimizer = MasterAdamW(model, lr, betas=(0.9, 0.95), offload=model.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
     rng, queue = random.Random(seed), []
@@ -36,8 +35,8 @@ def sft(model, items, encode, steps, per_step, lr, desc, seed=0, micro_batch=0):
             queue = rng.sample(items, len(items))
         batch = [encode(queue.pop()) for _ in range(min(per_step, len(items)))]
         n_tokens, total = sum(len(target) for _, targets in batch for target in targets), 0.0
-        for first in range(0, len(batch), micro_batch or per_step):
-            part = batch[first:first + (micro_batch or per_step)]
+        for first in range(0, len(batch), micro_batch):
+            part = batch[first:first + micro_batch]
             targets = [target for _, rows in part for target in rows]
             prefix, (labels, mask) = PrefixCache(model, [prompts for prompts, _ in part]), pad(targets, "right")
             logits = target_logits(model, prefix, torch.arange(len(targets)), targets)  # [n, T, V]
@@ -51,8 +50,7 @@ def sft(model, items, encode, steps, per_step, lr, desc, seed=0, micro_batch=0):
 
 
 def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model", micro_batch=0):
-    """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}. Returns the
-    ThinkingRewardModel."""
+    """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}."""
     model.config.rm_mode = mode
     judge = ThinkingRewardModel(model, processor)
 
@@ -179,14 +177,15 @@ def interval(score):
     return int(round(score * 10, 6))
 
 
-def filter_rows(rows, longest=4000):
-    """The rows that are fit to learn from: thinking that ends and has words, a response of at most `longest`
-    characters, each (question, response) once."""
-    def is_fit(row):
+def filter_rows(rows):
+    """The rows that are fit to learn from: thinking that ends and has words, a response of at most 4,000 characters,
+    each (question, response) once."""
+    fit = []
+    for row in rows:
         thinking, end, _ = row["response"].partition("</think>")
-        return end and re.search(r"\w", thinking.replace("<think>", "")) and len(row["response"]) <= longest
-
-    return different(filter(is_fit, rows))
+        if end and re.search(r"\w", thinking.replace("<think>", "")) and len(row["response"]) <= 4000:
+            fit.append(row)
+    return different(fit)
 
 
 def balance_by_score(rows, per_interval, seed=0):
@@ -196,10 +195,10 @@ def balance_by_score(rows, per_interval, seed=0):
             for row in (rng.sample(group, per_interval) if len(group) > per_interval else group)]
 
 
-def shuffled(rows, seed=0):
+def shuffled(rows, seed):
     """The same rows with the labels of others: who learns from them writes scores that mean nothing (Table 3)."""
     others = random.Random(seed).sample(rows, len(rows))
-    return [{**row, "score": other["score"], "critique": other.get("critique")} for row, other in zip(rows, others)]
+    return [{**row, "score": other["score"], "critique": other["critique"]} for row, other in zip(rows, others)]
 
 
 def mislabelled(rows):
@@ -221,33 +220,30 @@ def auc(good, bad):
     """The chance that a good one scores above a bad one, ties half; None without both."""
     if not len(good) or not len(bad):
         return None
-    return (ranks(np.concatenate([good, bad]))[:len(good)].sum() / len(good) - (len(good) + 1) / 2) / len(bad)
+    beaten = ranks(np.concatenate([good, bad]))[:len(good)] - ranks(good)
+    return beaten.mean() / len(bad)
 
 
 def agreement(rows, scores):
     """How well scores (NaN for none) agree with the rows' labels. auc: sound (a label of data.SOUND or more) above
-    flawed, in all rows and in parts of them; by fault: faultless above those with this fault."""
-    n, scored = len(rows), [(row, score) for row, score in zip(rows, scores) if not math.isnan(score)]
-    rows, scores = [row for row, _ in scored], np.array([score for _, score in scored])
-    labels, tenths = np.array([row["score"] for row in rows]), np.array([interval(score) for score in scores])
-
-    def where(holds):
-        return np.array([holds(row) for row in rows], bool)
-
-    sound, right = labels >= data.SOUND, where(lambda row: row.get("outcome", math.nan) >= 0.5)
-    spread = len(set(labels)) > 1 and len(set(scores)) > 1
-    parts = {"auc": sound | True, "auc of right answers": right, "auc of wrong answers": ~right,
-             **{f"auc, {kind}": where(lambda row: row["problem_type"] == kind)
-                for kind in sorted({row["problem_type"] for row in rows})}}
-    found = {"n": n, "unscored": 1 - len(rows) / n, "mae": np.abs(scores - labels).mean() if rows else None,
-             "spearman": np.corrcoef(ranks(labels), ranks(scores))[0, 1] if spread else 0.0,
-             **{name: auc(scores[part & sound], scores[part & ~sound]) for name, part in parts.items()}}
+    flawed, in all rows and by problem type; by fault: faultless above those with this fault."""
+    scored = [(row, score) for row, score in zip(rows, scores) if not math.isnan(score)]
+    labels, scores = [row["score"] for row, _ in scored], [score for _, score in scored]
+    spread = min(len(set(labels)), len(set(scores))) > 1
+    found = {"n": len(rows), "unscored": 1 - len(scored) / len(rows),
+             "spearman": np.corrcoef(ranks(labels), ranks(scores))[0, 1] if spread else 0.0}
+    for kind in ("", *sorted({row["problem_type"] for row in rows})):
+        part = [(row["score"], score) for row, score in scored if kind in ("", row["problem_type"])]
+        found[f"auc, {kind}" if kind else "auc"] = auc([score for label, score in part if label >= data.SOUND],
+                                                       [score for label, score in part if label < data.SOUND])
     if all("faults" in row for row in rows):
-        faultless = where(lambda row: not any(row["faults"].values()))
-        found |= {f"auc, {name}": auc(scores[faultless], scores[where(lambda row: row["faults"][name] > 0)])
-                  for name in CRITERIA}
-    return found | {f"mean label, scores from {n / 10}": labels[tenths == n].mean() if n in tenths else None
-                    for n in range(11)}
+        faultless = [score for row, score in scored if not any(row["faults"].values())]
+        for name in CRITERIA:
+            found[f"auc, {name}"] = auc(faultless, [score for row, score in scored if row["faults"][name]])
+    for n in range(11):
+        there = [label for label, score in zip(labels, scores) if interval(score) == n]
+        found[f"mean label, scores from {n / 10}"] = np.mean(there) if there else None
+    return found
 
 
 # ---------------------------------------------------------------- the command line: from a run's responses to a judge
@@ -259,13 +255,13 @@ def read_rows(path, *needed):
     """The rows of a JSON lines file, each with the fields `needed`. Raises DataError that names file, row and field."""
     rows = data.read_lines(path)
     if not rows:
-        raise data.DataError(f"{path}: {'no rows there' if Path(path).exists() else 'no such file'}")
+        raise data.DataError(f"{path}: no rows there")
     for number, row in enumerate(rows, 1):
+        there = f"{path}: row {number} ({row.get('id')})"
         for name in {"id", "image", "problem", "problem_type", "options", "solution", "response", *needed} - set(row):
-            raise data.DataError(f"{path}: row {number} ({row.get('id')}): {name}: is missing")
+            raise data.DataError(f"{there}: {name}: is missing")
         if "score" in needed and (type(row["score"]) not in (int, float) or not 0 <= row["score"] <= 1):
-            raise data.DataError(f"{path}: row {number} ({row['id']}): score: must be a number from 0 to 1, is "
-                                 f"{data.show(row['score'])}")
+            raise data.DataError(f"{there}: score: {data.show(row['score'])} isn't a number from 0 to 1")
     return rows
 
 
@@ -275,54 +271,47 @@ def example_of(row):
                         row["image"], "")
 
 
-def labels_of(groups, judge, rm_mode, rm_prompt, device, max_pixels):
-    """For each question's rows (rows, labels): {"score"}, NaN for none; the oracle adds "critique" and "faults"."""
-    model = None if judge == "toy" else ThinkingRewardModel(
-        *load(judge, Config(device=device, max_pixels=max_pixels)), rm_mode, rm_prompt)
+def labels_of(groups, judge, rm_mode, rm_prompt):
+    """The labels of each question's rows: {"score"}, NaN for none; the oracle adds "critique" and "faults"."""
+    model = None if judge == "toy" else ThinkingRewardModel(*load(judge, Config()), rm_mode, rm_prompt)
     for group in progress(groups, desc=f"scores of {judge}"):
         texts = [row["response"] for row in group]
         if model:
             scores = model.score([example_of(group[0])], [texts])[0].tolist()
-            yield group, [{"score": round(score, 6)} for score in scores]
+            yield [{"score": round(score, 6)} for score in scores]
         else:
             question = data.toy_question(group[0]["id"])
-            yield group, [{"score": question.soundness(text), "critique": question.critique(text),
-                           "faults": question.faults(text)[0]} for text in texts]
+            yield [{"score": question.soundness(text), "critique": question.critique(text),
+                    "faults": question.faults(text)[0]} for text in texts]
 
 
 def collect(runs: list, out: str, held_out: bool = False):
-    """The pool of different (question, response) pairs from runs that had --save_rollouts."""
-    rows = [row for run in runs for row in read_rows(Path(run, "rollouts.jsonl"), "step")
+    """The different (question, response) pairs of runs that had --save_rollouts; with --held_out those that they never
+    trained on, for eval."""
+    rows = [row for run in runs for row in read_rows(Path(run, "rollouts.jsonl"))
             if row.get("held_out", False) == held_out]
-    if not rows:
-        raise data.DataError(f"{', '.join(runs)}: no such responses there; was the run made with --save_rollouts?")
     pool = different(rows)
     write_rows(out, pool)
     print(f"{len(rows)} responses, {len(pool)} different ones to {len(by_question(rows))} questions: {out}")
 
 
-def annotate(rows: str, judge: str, out: str, rm_mode: MODES = None, rm_prompt: str = None, device: str = "auto",
-             max_pixels: int = 1003520):
-    """A score and, where the judge gives one, a critique for each pair. What is in --out already isn't asked again."""
-    wanted, done, unscored = different(read_rows(rows)), set(map(pair, data.read_lines(out))), 0
+def annotate(rows: str, judge: str, out: str, rm_mode: MODES = None, rm_prompt: str = None):
+    """A score for each pair by a judge: toy (the oracle, which also says why), an id or a folder. What is in --out
+    already isn't asked again."""
+    wanted, done = different(read_rows(rows)), set(map(pair, data.read_lines(out)))
     groups = by_question([row for row in wanted if pair(row) not in done])
-    for group, labels in labels_of(groups, judge, rm_mode, rm_prompt, device, max_pixels):
-        labelled = [row | label for row, label in zip(group, labels) if not math.isnan(label["score"])]
-        data.append_rows(out, labelled)
-        unscored += len(group) - len(labelled)
-    print(f"{len(data.read_lines(out))} of {len(wanted)} responses have a score ({len(done)} had one before), "
-          f"{unscored} were left out, as the judge wrote none: {out}")
+    for group, labels in zip(groups, labels_of(groups, judge, rm_mode, rm_prompt)):
+        data.append_rows(out, [row | label for row, label in zip(group, labels) if not math.isnan(label["score"])])
+    print(f"{len(data.read_lines(out))} of {len(wanted)} responses have a score ({len(done)} had one before): {out}")
 
 
-def balance(rows: str, out: str, per_interval: int = 15000, longest: int = 4000, seed: int = 0):
-    """Drop what isn't fit to learn from, then even the scores out; prints how many rows each interval had and has."""
-    before = read_rows(rows, "score")
-    fit = filter_rows(before, longest)
-    after = balance_by_score(fit, per_interval, seed)
-    write_rows(out, after)
-    counts = {name: {f"from {n / 10}": sum(interval(row["score"]) == n for row in part) for n in range(11)}
-              | {"all": len(part)} for name, part in {"before": before, "fit": fit, "after": after}.items()}
-    print(data.columns(counts, {"all": out}))
+def balance(rows: str, out: str, per_interval: int = 15000, seed: int = 0):
+    """Drop what isn't fit to learn from, then keep at most --per_interval rows of each score interval."""
+    labelled = read_rows(rows, "score")
+    fit = filter_rows(labelled)
+    even = balance_by_score(fit, per_interval, seed)
+    write_rows(out, even)
+    print(f"{len(labelled)} rows, {len(fit)} of them fit to learn from, {len(even)} balanced: {out}")
 
 
 def is_held_out(row):
@@ -331,54 +320,36 @@ def is_held_out(row):
 
 
 def train_command(rows: str, model: str, out: str, rm_mode: MODES = "generate", epochs: float = 2.0,
-                  per_step: int = 8, micro_batch: int = 0, lr: float = 1e-5, all_rows: bool = False, seed: int = 0,
-                  device: str = "auto", max_pixels: int = 1003520):
-    """SFT of a Qwen2.5-VL on the rows, but for a tenth of the pictures, and save it for --reward_model."""
+                  per_step: int = 8, lr: float = 1e-5, all_rows: bool = False, seed: int = 0):
+    """SFT of a Qwen2.5-VL on the rows, --per_step questions a step, and save it for --reward_model. It holds back a
+    tenth of the pictures, in held_out.jsonl, but for --all_rows."""
     labelled = read_rows(rows, "score", *["critique"] * (rm_mode == "reason"))
-    parts = grouped(labelled, lambda row: not all_rows and is_held_out(row))
-    chosen, held_out = [{**row, "example": example_of(row)} for row in parts.get(False, [])], parts.get(True, [])
+    chosen = [row | {"example": example_of(row)} for row in labelled if all_rows or not is_held_out(row)]
     if not chosen:
-        raise data.DataError(f"{rows}: all {len(held_out)} rows would be held out: add --all_rows, or more rows")
-    torch.manual_seed(seed)
+        raise data.DataError(f"{rows}: all {len(labelled)} rows would be held out: add --all_rows, or more rows")
     steps = max(1, math.ceil(epochs * len(by_question(chosen)) / per_step))
-    start, processor = load(model, Config(device=device, max_pixels=max_pixels))
-    micro_batch = micro_batch or (1 if start.device.type == "cuda" else per_step)  # a card has less memory
+    start, processor = load(model, Config())
+    micro_batch = 1 if start.device.type == "cuda" else per_step  # a card has less memory
     judge = train(start, processor, chosen, steps, per_step, lr, rm_mode, seed, "SFT", micro_batch)
     data.save_folder(out, judge.model, judge.processor)
-    print(f"{out}: for sophia_min.py --reward_model")
+    print(f"{out}: learned from {len(chosen)} of {len(labelled)} rows; for sophia_min.py --reward_model")
     if not all_rows:
-        write_rows(Path(out, "held_out.jsonl"), held_out)
-        print(f"held_out.jsonl there has {len(held_out)} rows about pictures that it didn't learn from")
+        write_rows(Path(out, "held_out.jsonl"), filter(is_held_out, labelled))
 
 
-def eval_command(rows: str, judge: list, out: str = "eval", rm_mode: MODES = None, rm_prompt: str = None,
-                 device: str = "auto", max_pixels: int = 1003520):
-    """Judges against labels that they weren't trained on: a table and, as --out.json, the same."""
+def eval_command(rows: str, judge: list, out: str, rm_mode: MODES = None, rm_prompt: str = None):
+    """How judges agree with labels that they weren't trained on: a table and, as --out.json, the same."""
     groups, results = by_question(read_rows(rows, "score")), {}
     labelled = [row for group in groups for row in group]
     for name in judge:
-        answers = labels_of(groups, name, rm_mode, rm_prompt, device, max_pixels)
-        results[name] = agreement(labelled, [label["score"] for _, labels in answers for label in labels])
-    constant = [np.median([row["score"] for row in labelled])] * len(labelled)
-    results["a constant"] = agreement(labelled, constant)
+        scores = [label["score"] for labels in labels_of(groups, name, rm_mode, rm_prompt) for label in labels]
+        results[name] = agreement(labelled, scores)
     data.write_json(f"{out}.json", results)
     print(f"{data.columns(results)}\n{out}.json")
 
 
-HELP = {
-    "runs": "folders of runs", "rows": "JSON lines", "out": "what to write (annotate: or to go on with)",
-    "held_out": "answers to questions that the run held out, for eval, instead of what it trained on",
-    "judge": "toy (the oracle), Hugging Face ids or folders", "model": "what to start from: an id or a folder",
-    "rm_mode": "as in sophia_min.py; left out: as it was trained, else generate", "max_pixels": "of pictures",
-    "rm_prompt": "file with a judge's prompt of your own, see the README", "device": "auto, cpu, cuda or cuda:N",
-    "per_interval": "at most so many rows a score interval (paper, section 3.2)", "seed": "of everything random",
-    "longest": "characters of a response", "epochs": "passes over the questions (paper, section 3.2)",
-    "per_step": "questions a step (ours)", "lr": "AdamW's learning rate (ours)",
-    "micro_batch": "questions a backward pass: memory, not results (0: 1 on CUDA, else all)",
-    "all_rows": "hold no tenth back: there are other rows to judge it by"}
 COMMANDS = {"collect": collect, "annotate": annotate, "balance": balance, "train": train_command, "eval": eval_command}
-KINDS = {str: {}, int: {"type": int}, float: {"type": float}, list: {"nargs": "+"}, bool: {"action": "store_true"},
-         MODES: {"choices": MODES}}
+KINDS = {list: {"nargs": "+"}, bool: {"action": "store_true"}, MODES: {"choices": MODES}}
 
 
 def main(argv=None):
@@ -389,22 +360,19 @@ def main(argv=None):
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.set_defaults(run=function)
         for option, given in inspect.signature(function).parameters.items():
-            kind = KINDS[given.annotation] | {"help": HELP[option]}
+            kind = KINDS.get(given.annotation, {"type": given.annotation})
             if option in ("runs", "rows"):
                 command.add_argument(option, **kind)
+            elif given.default is given.empty:
+                command.add_argument(f"--{option}", required=True, **kind)
             else:
-                default = SUPPRESS if given.default in (given.empty, None) else given.default  # the function has None
-                command.add_argument(f"--{option}", required=given.default is given.empty, default=default, **kind)
-    args = vars(parser.parse(argv))
+                command.add_argument(f"--{option}", default=given.default, help="%(default)s by default", **kind)
+    args = vars(parser.parse_args(argv))
     try:
         args.pop("run")(**args)
-    except data.DataError as error:
-        raise SystemExit(str(error)) from error
-    except torch.OutOfMemoryError as error:
-        raise SystemExit(f"{str(error).splitlines()[0]} What helps: --max_pixels below {args['max_pixels']}, a smaller "
-                         "model, a larger card.") from error
+    except (data.DataError, torch.OutOfMemoryError) as error:
+        raise SystemExit(str(error).splitlines()[0]) from error
 
 
 if __name__ == "__main__":
-    from reward_model import main
     main()
