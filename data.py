@@ -17,6 +17,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
@@ -53,6 +54,9 @@ FAULTS = ("logical soundness", "correct reasoning", "error identification", "lan
 class Parser(HfArgumentParser):
     """Flags from a dataclass; an error is one line."""
 
+    def __init__(self, *dataclasses, **more):
+        super().__init__(*dataclasses, **{"formatter_class": RawDescriptionHelpFormatter} | more)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; --help lists all\n")
 
@@ -67,11 +71,12 @@ class Parser(HfArgumentParser):
     def settings(self, argv, toy):
         """(settings, those of the run that --resume goes on with, else {}). `toy`: other defaults with --model toy."""
         for action in self._actions:
+            action.metavar = {int: "N", float: "X", str: "NAME"}.get(action.type)
             if action.dest in toy:
                 action.help = f"{action.help[:-1]}; {toy[action.dest]} with --model toy)"
         first, before = self.parse_known_args(argv)[0], {}
-        defaults, alone = dict(toy) if first.model == "toy" else {}, Path(first.model, "adapter_config.json").is_file()
-        if first.lora or first.adapter or alone:
+        defaults, base = dict(toy) if first.model == "toy" else {}, adapter_base(first.model)
+        if first.lora or first.adapter or base:
             defaults["lr"] = round(10 * defaults.get("lr", self.get_default("lr")), 9)  # ours
         if first.resume:
             try:
@@ -84,8 +89,8 @@ class Parser(HfArgumentParser):
                 self.error(f"--resume {first.resume}: no run to continue, start one in another --out: {error}")
             defaults = before = before | {"resume": first.resume, "out": first.resume}
         config = self.parse(argv, **defaults)
-        if alone and not before:  # an adapter's folder names its base
-            config.model, config.adapter = read_adapter(config.model)[0], config.model
+        if base and not before:  # an adapter's folder names its base
+            config.model, config.adapter = base, config.model
         for name, value in before.items():
             if getattr(config, name) != value:
                 print(f"--{name} was {value}, goes on as {getattr(config, name)}")
@@ -477,6 +482,8 @@ def load(name, config):
         for fault in ("missing", "mismatched", "unexpected"):
             if keys := sorted(map(str, report[f"{fault}_keys"])):
                 raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {keys[0]}.")
+        if len(processor.tokenizer) > len(model.get_input_embeddings().weight):
+            raise ValueError("its tokenizer has more tokens than its model has embeddings.")
     except Exception as error:
         file = "its *.safetensors are damaged: " * isinstance(error, SafetensorError)
         network = " Is there such an id, and a network or a cached copy?" * (not Path(name).exists())
@@ -490,20 +497,29 @@ def load(name, config):
 ADAPTER_KEY = "base_model.model.{}.lora_{}.weight"  # what A and B of a layer are called in peft's files
 
 
-def read_adapter(folder):
-    """(base, s, {layer: [A, B]}) of an adapter in peft's format; one of another kind ends the run in one line."""
+def read_adapter(folder, layers, rank=0):
+    """(s, {name: [A, B]}) of an adapter in peft's format, for the linear `layers` by name; the run ends in one line if
+    it is of another kind, another model's, or of another rank."""
     try:
         check_folder(folder)
         settings = json.loads(Path(folder, "adapter_config.json").read_text())
-        weights, rank = load_file(Path(folder, "adapter_model.safetensors")), settings["r"]
-        names = sorted({key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in weights})
-        pairs = {name: [weights.pop(ADAPTER_KEY.format(name, part)) for part in "AB"] for name in names}
-        other = [*weights, *(name for name in ("use_dora", "use_rslora", "alpha_pattern") if settings.get(name))]
-        if other or {len(a) for a, _ in pairs.values()} != {rank}:
-            raise ValueError(f"not one rank, or more than A and B: {', '.join(other[:3])}")
-        return settings["base_model_name_or_path"], settings["lora_alpha"] / rank, pairs
+        weights, rank = load_file(Path(folder, "adapter_model.safetensors")), rank or settings["r"]
+        pairs = {name: [weights.pop(key) for key in keys] for name in layers
+                 if set(keys := [ADAPTER_KEY.format(name, part) for part in "AB"]) <= set(weights)}
+        fits = all(len(a) == rank and (b @ a).shape == layers[name].weight.shape for name, (a, b) in pairs.items())
+        odd = [name for name in ("use_dora", "use_rslora", "alpha_pattern") if settings.get(name)]
+        if weights or odd or not fits or not pairs:
+            raise ValueError(f"made for {adapter_base(folder)}, it isn't rank {rank} on linear layers of the language "
+                             f"model alone: {', '.join([*weights, *odd][:3])}")
+        return settings["lora_alpha"] / rank, pairs
     except Exception as error:
         raise SystemExit(f"{folder} can't be used as an adapter: {error!r}") from error
+
+
+def adapter_base(folder):
+    """What an adapter's folder names as its base; None if it is no adapter's."""
+    file = Path(folder, "adapter_config.json")
+    return json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else None
 
 
 def write_adapter(folder, pairs, alpha, base):

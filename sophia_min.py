@@ -30,7 +30,6 @@ import re
 import sys
 import time
 import zlib
-from argparse import RawDescriptionHelpFormatter
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -704,11 +703,7 @@ class LoRA:
         self.layers = {name: layer for name, layer in policy.named_modules()
                        if isinstance(layer, torch.nn.Linear) and name.startswith("model.language_model.")}
         if folder:
-            made_for, self.scale, pairs = data.read_adapter(folder)
-            if not all(name in self.layers and (b @ a).shape == self.layers[name].weight.shape
-                       and len(a) == (rank or len(a)) for name, (a, b) in pairs.items()):
-                raise SystemExit(f"--adapter {folder}: made for {made_for}, it doesn't fit the linear layers of the "
-                                 "language model, or it has another rank than --lora")
+            self.scale, pairs = data.read_adapter(folder, self.layers, rank)
         else:
             random = torch.Generator().manual_seed(0)  # the same on all ranks
             pairs = {name: ((torch.rand(rank, layer.in_features, generator=random) * 2 - 1) / layer.in_features ** 0.5,
@@ -826,8 +821,7 @@ def load_models(config):
 def configure(argv=None):
     """The Config of a command line; a wrong value ends in one line and exit status 2."""
     parser = data.Parser(Config, prog="sophia_min.py", usage="python sophia_min.py [--flag value ...]",
-                         description="\n\n".join(__doc__.split("\n\n")[:2]), allow_abbrev=False,
-                         formatter_class=RawDescriptionHelpFormatter)
+                         description="\n\n".join(__doc__.split("\n\n")[:2]), allow_abbrev=False)
     config, before = parser.settings(argv, TOY)
     if config.reward_model == "base" and config.model != "toy":
         config.reward_model = config.model  # the untrained judge of a real model: that model itself
