@@ -621,8 +621,8 @@ FACTOR = re.compile(r"√ (\d+)|(\d*\.?\d\S*)(?: \^ (-?\d+))?")
 UNITS = {}  # what a spelling may mean, as a pound is lb or £
 SI = "m g s L l W V A J N Pa Hz eV mol Ω cal Wh K C F T B bar t yd oz rad".split()
 OTHERS = ("m meter 米|km kilometer|cm centimeter 厘米|mm millimeter|g gram 克|kg kilogram|L liter|mL milliliter|s second"
-          "|J joule|N newton|% percent|° degree|mi mile|in inch inches \"|ft foot feet '|lb pound|min minute"
-          "|h H hr hour|year yr|month|个|¢ cent|$ dollar usd US$|€ euro eur|£ pound|yen 円 ¥|yuan 元 ¥|₹ rupee rs inr|₩ won")
+          "|J joule|N newton|% percent|° degree|mi mile|in inch inches \"|ft foot feet '|lb pound|min minute|month|个"
+          "|h H hr hour|year yr|¢ cent|$ dollar usd US$|€ euro eur|£ pound|yen 円 ¥|yuan 元 ¥|₹ rupee rs inr|₩ won")
 for group in [names.split() for names in OTHERS.split("|")] + [
         [prefix + name] for prefix in ["", *"kMGTmcdμnph"] for name in SI]:
     for form in group + [name + "s" for name in group if len(name) > 1]:
