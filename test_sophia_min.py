@@ -2005,13 +2005,13 @@ def test_agreement_by_hand():
     rows = [{"score": label, "problem_type": kind, "faults": dict.fromkeys(sophia_min.CRITERIA, 0) | faults}
             for label, kind, faults in [
         (1.0, "OCR", {}), (0.9, "OCR", {"redundancy": 1}), (0.4, "OCR", {"correct reasoning": 1}),
-        (0.2, "text", {"error identification": 1}), (0.0, "text", {}), (1.0, "text", {})]]
+        (0.2, "text", {"error identification": 1}), (0.0, "text", {}), (data.SOUND, "text", {})]]
     found = reward_model.agreement(rows, [0.9, 0.3, 0.5, 0.2, math.nan, 0.5])
     for name, value in {
             "n": 6, "unscored": 1 / 6, "auc": (2 + 1 + 1.5) / 6, "auc, OCR": 0.5, "auc, text": 1,
             "auc, redundancy": 1, "auc, logical soundness": None, "auc, correct reasoning": 1.5 / 2,
             "mean label, scores from 0.1": None, "mean label, scores from 0.3": 0.9,
-            "mean label, scores from 0.5": 0.7}.items():
+            "mean label, scores from 0.5": (0.4 + data.SOUND) / 2}.items():
         assert found[name] == (value if value is None else pytest.approx(value)), name
     perfect = reward_model.agreement(rows, [row["score"] for row in rows])
     assert perfect["spearman"] == pytest.approx(1) and perfect["auc"] == 1
