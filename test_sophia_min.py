@@ -3334,21 +3334,20 @@ def test_when_the_thinking_reward_helps_and_when_trust_does(kinds, arms):
 def test_phase_diagram_of_trust(tmp_path):
     """A guess that is right with chance p and praised by 0.5 pays above alpha * 0.5 = 1 - p, with trust above gamma *
     alpha * 0.5 = 1 - p: between them trust decides."""
+    from matplotlib.figure import Figure
     chances, alphas = [n / 10 for n in range(1, 10)], [0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4]
     ends = {trust: torch.tensor([[simulate(world(p, 0.05, HASTY), 0, alpha, trust, False) for p in chances]
                                  for alpha in alphas]) for trust in ("off", "paper")}
 
-    def panel(title, values):
-        def draw(axis):
-            axis.pcolormesh(chances, alphas, values, vmin=0, vmax=1)
-            axis.plot(chances, [(1 - p) / 0.5 for p in chances], "w-", chances,
-                      [(1 - p) / 0.5 * math.exp(0.5) for p in chances], "w--")  # gamma is exp(-0.5) at the least
-            axis.set(title=title, xlabel="chance of a guess", ylabel="alpha", ylim=(alphas[0], alphas[-1]))
-        return draw
-
-    path = tmp_path / "wedge.png"
-    data.write_atomic(path, data.plot([panel("no trust", ends["off"]), panel("trust", ends["paper"]),
-                                       panel("difference", ends["paper"] - ends["off"])]))
+    path, figure = tmp_path / "wedge.png", Figure(figsize=(12, 3), layout="constrained")
+    for i, (title, values) in enumerate([("no trust", ends["off"]), ("trust", ends["paper"]),
+                                         ("difference", ends["paper"] - ends["off"])], 1):
+        axis = figure.add_subplot(1, 3, i, title=title, xlabel="chance of a guess", ylabel="alpha")
+        axis.pcolormesh(chances, alphas, values, vmin=0, vmax=1)
+        axis.plot(chances, [(1 - p) / 0.5 for p in chances], "w-", chances,
+                  [(1 - p) / 0.5 * math.exp(0.5) for p in chances], "w--")  # gamma is exp(-0.5) at the least
+        axis.set_ylim(alphas[0], alphas[-1])
+    figure.savefig(path)
     print(f"\n{path}\n{ends}")
     gain = ends["paper"] - ends["off"]
     assert gain[alphas.index(2), chances.index(0.2)] > 0.5 and gain[0].abs().max() < 0.1
