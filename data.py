@@ -1177,8 +1177,8 @@ def write_checkpoint(config, state, examples):
     try:
         write_atomic(path, lambda file: torch.save(state | {"rows": digest(examples)}, file))
     except (OSError, RuntimeError) as error:
-        raise SystemExit(f"step {state['step']}: {path} can't be written: {error}. The checkpoint before it is intact: "
-                         f"make room, then go on with --resume {config.out}") from error
+        raise SystemExit(f"step {state['step']}: {path} can't be written: {error}. Make room, then go on from "
+                         f"the one before with --resume {config.out}") from error
 
 
 def read_checkpoint(config, examples):
@@ -1256,20 +1256,18 @@ def thumbnail(path):
     return base64.b64encode(file.getvalue()).decode()
 
 
-CURVES = {"accuracy": "share of right answers", "outcome": "outcome reward R^o", "thinking": "thinking reward R^t",
-          "gamma": "trust gamma", "anneal": "annealing exp(-step/T)", "kl": "KL to the reference",
-          "length": "response length, tokens", "grad_norm": "gradient norm", "format_rate": "share in the format"}
+CURVES = ("accuracy", "outcome", "thinking", "gamma", "anneal", "kl", "length", "grad_norm", "format_rate")
 
 
 def curves(log, half):
     """A PNG, as base64: each of CURVES by step, and its mean over so many steps to either side."""
     from matplotlib.figure import Figure  # here: nothing else needs it
     figure, file = Figure(figsize=(12, 9), layout="constrained"), io.BytesIO()
-    for i, (name, title) in enumerate(CURVES.items(), 1):
+    for i, name in enumerate(CURVES, 1):
         points = np.array([(line["step"], line[name]) for line in log if line[name] is not None]).reshape(-1, 2)
-        axis = figure.add_subplot(3, 3, i, title=title)
+        axis = figure.add_subplot(3, 3, i, title=name)
         axis.plot(*points.T, "C0", alpha=0.3)
-        axis.plot(points[:, 0], [points[max(0, i - half):i + half + 1, 1].mean() for i in range(len(points))], "C0")
+        axis.plot(points[:, 0], [points[max(0, at - half):at + half + 1, 1].mean() for at in range(len(points))], "C0")
     figure.savefig(file, dpi=80)
     return base64.b64encode(file.getvalue()).decode()
 
@@ -1282,7 +1280,7 @@ td,th{padding:.3em .7em;text-align:left;vertical-align:top}span{padding:.1em .5e
 .mistrusted{background:#b3261e;color:#fff}</style>
 <h1>sophia_min: {{ name }}</h1><p>{{ chosen }}<h2>Held-out questions</h2><pre>{{ table }}</pre>
 <h2>Training, by step</h2>{% if missing %}<p>No curves, as matplotlib can't be imported ({{ missing }}): pip install
-matplotlib{% else %}<p>Pale: each step; dark: the mean over {{ 2 * half + 1 }} steps around it.
+matplotlib{% else %}<p>Pale: each step in log.jsonl; dark: the mean over {{ 2 * half + 1 }} steps around it.
 <p><img src='data:image/png;base64,{{ png }}'>{% endif %}
 <h2>Some groups</h2><p><span class="right praised">right, thinking scored 0.5 or more</span>
 <span class=right>right, but thinking scored below</span> <span class=wrong>wrong</span>

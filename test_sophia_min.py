@@ -3270,21 +3270,20 @@ def test_when_the_thinking_reward_helps_and_when_trust_does(kinds, arms):
 def test_phase_diagram_of_trust():
     """A guess that is right with chance p and praised by 0.5 pays above alpha * 0.5 = 1 - p, with trust above gamma *
     alpha * 0.5 = 1 - p: between them trust decides."""
+    from matplotlib.figure import Figure
     chances, alphas = [n / 10 for n in range(1, 10)], [0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4]
     off, paper = (torch.tensor([[simulate(world(p, 0.05, HASTY), 0, alpha, trust, False) for p in chances]
                                 for alpha in alphas]) for trust in ("off", "paper"))
 
-    def panel(title, values):
-        def draw(axis):
-            axis.pcolormesh(chances, alphas, values, vmin=0, vmax=1)
-            axis.plot(chances, [(1 - p) / 0.5 for p in chances], "w-", chances,
-                      [(1 - p) / 0.5 * math.exp(0.5) for p in chances], "w--")  # gamma is exp(-0.5) at the least
-            axis.set(title=title, xlabel="chance of a guess", ylabel="alpha", ylim=(alphas[0], alphas[-1]))
-        return draw
-
-    path = Path("runs/wedge.png")
-    panels = [panel("no trust", off), panel("trust", paper), panel("difference", paper - off)]
-    data.write_atomic(path, data.plot(panels))
+    path, figure = Path("runs/wedge.png"), Figure(figsize=(12, 3), layout="constrained")
+    for i, (title, values) in enumerate([("no trust", off), ("trust", paper), ("difference", paper - off)], 1):
+        axis = figure.add_subplot(1, 3, i, title=title, xlabel="chance of a guess", ylabel="alpha")
+        axis.pcolormesh(chances, alphas, values, vmin=0, vmax=1)
+        axis.plot(chances, [(1 - p) / 0.5 for p in chances], "w-", chances,
+                  [(1 - p) / 0.5 * math.exp(0.5) for p in chances], "w--")  # gamma is exp(-0.5) at the least
+        axis.set_ylim(alphas[0], alphas[-1])
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
     print(f"\n{path}\n{off}\n{paper}")
     assert (paper - off)[alphas.index(2), chances.index(0.2)] > 0.5 and (paper - off)[0].abs().max() < 0.1
 
