@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -47,7 +47,6 @@ progress = functools.partial(tqdm, disable=RANK > 0)
 
 # the paper's Table 4, as sophia_min.CRITERIA asks for them
 FAULTS = ("logical soundness", "correct reasoning", "error identification", "language consistency", "redundancy")
-
 
 # ---------------------------------------------------------------- the command line
 
@@ -96,7 +95,6 @@ class Parser(HfArgumentParser):
                 print(f"--{name} was {value}, goes on as {getattr(config, name)}")
         return config, before
 
-
 class StopAfterStep:
     """For `with`: Ctrl-C asks for an end after the current step; a second one ends at once."""
     asked, before = False, None
@@ -115,7 +113,6 @@ class StopAfterStep:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
-
 # ---------------------------------------------------------------- rows and pictures
 
 PROBLEM_TYPES = ("numerical", "multiple choice", "OCR", "free-form", "text")  # paper, section 3.1
@@ -126,10 +123,8 @@ PICTURE_END = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"
 TURN = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # EXIF orientation -> upright
 
-
 class DataError(ValueError):
     """Something is wrong with the user's data; the message says what, where, and what next."""
-
 
 @dataclass(frozen=True)
 class Example:
@@ -143,7 +138,6 @@ class Example:
     source: str
     soundness: Callable[[str], float] | None = field(default=None, compare=False, repr=False)  # the toy's oracle
     critique: Callable[[str], str] | None = field(default=None, compare=False, repr=False)  # and how it says why
-
 
 @contextmanager
 def _pillow(path):
@@ -159,7 +153,6 @@ def _pillow(path):
     except Exception as error:  # changing a file's bytes at random makes Pillow raise a dozen kinds
         raise DataError(f"path: {str(path)!r} can't be read as a picture, save it as 8-bit PNG or JPEG: {error!r}"
                         ) from error
-
 
 def open_picture(path):
     """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame; DataError,
@@ -182,7 +175,6 @@ def open_picture(path):
         picture = picture.convert("RGB")
         return picture if turn is None else picture.transpose(turn)
 
-
 def check_picture(root, name, max_aspect=200, max_image_pixels=100_000_000):
     """The real path of a row's picture in the folder `root`; DataError if training couldn't use it."""
     file = os.path.realpath(os.path.join(root, name))  # a link could lead anywhere
@@ -199,7 +191,6 @@ def check_picture(root, name, max_aspect=200, max_image_pixels=100_000_000):
     if not is_whole:  # truncated, or with a camera's own data behind its end: decode it to be sure
         open_picture(file)
     return file
-
 
 def load_examples(path, image_root=None, *, skip_bad=False, skipped_path=None, **limits):
     """The Examples of a file of rows in the paper's format (section 3.1); limits: check_picture's. A bad row is a
@@ -228,7 +219,6 @@ def load_examples(path, image_root=None, *, skip_bad=False, skipped_path=None, *
     _leave_out(path, bad, examples, skip_bad, skipped_path or path.with_name("skipped.jsonl"))
     return examples
 
-
 def _leave_out(path, bad, kept, skip_bad, listed, before=()):
     """Bad rows, each {"reason", ..}, are told in a DataError or, with skip_bad, listed in the file `listed`."""
     count = f"{len(bad)} of {len(bad) + len(kept)} rows"
@@ -242,14 +232,12 @@ def _leave_out(path, bad, kept, skip_bad, listed, before=()):
             raise DataError(f"the list of bad rows can't be written: {error}") from error
         print(f"{path}: left out {count}, listed in {listed}")
 
-
 def _text(row, name):
     value = row.get(name)
     if not isinstance(value, str) or not value.strip() or re.search("[\0\ud800-\udfff]", value):
         found = show(value) if name in row else f"missing; the row has {list(row)!r:.200}"
         raise DataError(f"{name}: must be text, without a zero byte or a lone surrogate, is {found}")
     return value
-
 
 def _check_row(row, number, ids, find_picture):
     """One row as an Example; DataError, "field: what is wrong", at its first fault."""
@@ -281,7 +269,6 @@ def _check_row(row, number, ids, find_picture):
     source = _text(row, "data_source") if row.get("data_source") else ""
     return Example(id, problem.replace("<image>", "").strip(), kind, tuple(options), truth, image, source)
 
-
 # ---------------------------------------------------------------- prompts
 
 # our own words; the paper asks for this format (section 3.1) and a sentence for each problem type
@@ -295,7 +282,6 @@ ANSWER_FORM = {
 PICTURE = object()  # the part of a message that is the picture
 STAND_IN = "\N{OBJECT REPLACEMENT CHARACTER}"  # for text, while a chat template is rendered
 
-
 def question_text(example):
     """What the user's turn says: the problem, its options, and the form of the answer."""
     options, (texts, labels, shown) = example.options, lettered(example.options)
@@ -304,7 +290,6 @@ def question_text(example):
         options = [f"{letter}. {option}" for letter, option in zip(texts, options)]
     return "\n".join([example.problem, *options, ANSWER_FORM[example.problem_type]])
 
-
 @dataclass
 class Prompt:
     """What a model reads before it writes: token ids, pixel_values [patches, 1176], grid [1, 3] in patches."""
@@ -312,14 +297,12 @@ class Prompt:
     pixel_values: torch.Tensor | None = None
     grid: torch.Tensor | None = None
 
-
 def blank_picture(config):
     """The Prompt of a picture of one token, for nobody to continue."""
     vision = config.vision_config
     side, values = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
     return Prompt([config.vision_start_token_id, config.image_token_id, config.vision_end_token_id],
                   torch.zeros(side * side, values), torch.tensor([[1, side, side]]))
-
 
 class Processor:
     """Makes Prompts by the model's own chat template. (The video part of AutoProcessor needs torchvision.)"""
@@ -405,7 +388,6 @@ class Processor:
             patches = self.image_processor.get_number_of_image_patches(picture.height, picture.width, {})
         return tokens + patches // self.image_processor.merge_size ** 2 + 2  # vision start and end
 
-
 def check_lengths(examples, processor, config):
     """The Examples whose prompts fit into config.max_prompt_tokens; others are bad rows, and nothing is ever cut."""
     kept, bad, listed = [], [], Path(config.out, "skipped.jsonl")
@@ -418,13 +400,12 @@ def check_lengths(examples, processor, config):
     _leave_out(config.data, bad, kept, config.skip_bad, listed, read_lines(listed))
     return kept
 
-
 def load_sets(config):
     """(training Examples, held-out Examples, one line that says which) of a run."""
     if config.data in TOY_SETS:
         lock(config.out).close()  # makes the folder, or says that it can't
         train, held_out = TOY_SETS[config.data]
-        sets = {part: toy_examples(2000 if part in TRAINED else 400, config.seed, part, config.toy_pixels,
+        sets = {part: toy_examples(2000 if part == "train" else 400, config.seed, part, config.toy_pixels,
                                    Path(config.out, "pictures")) for part in (train, held_out)}
         return sets[train], sets[held_out], (
             f"{len(sets[train])} toy questions ({train}), {config.toy_pixels} pixels wide; evaluated on "
@@ -437,19 +418,16 @@ def load_sets(config):
     held_out = min(400, len(examples) // 10)
     return shuffled[held_out:], shuffled[:held_out], f"{len(examples)} rows of {config.data}; held out: {held_out}"
 
-
 def questions_of(step, n, per_step, seed):
     """Which questions step 1, 2, .. takes: every pass over the data has a new order, known by its number."""
     places = range((step - 1) * per_step, step * per_step)
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in places}}
     return [orders[i // n][i % n] for i in places]
 
-
 def digest(examples):
     """A hash of what rows ask and of what is right."""
     rows = [(e.id, e.problem, e.problem_type, e.options, e.solution) for e in examples]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
-
 
 # ---------------------------------------------------------------- model folders
 
@@ -461,9 +439,7 @@ def device_and_dtype(config):
     best = "flash_attention_2" if on_gpu and is_flash_attn_2_available() else "sdpa"
     return device, torch.bfloat16 if on_gpu else torch.float32, best if config.attn == "auto" else config.attn
 
-
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # not qwen3_5: its recurrent states aren't a cache to share
-
 
 def load(name, config):
     """(model, Processor) of a Hugging Face id or folder, checked: right, or the run ends in one line."""
@@ -493,9 +469,7 @@ def load(name, config):
     model.generation_config.eos_token_id = list(dict.fromkeys(ends))
     return model.to(device).eval(), processor
 
-
 ADAPTER_KEY = "base_model.model.{}.lora_{}.weight"  # what A and B of a layer are called in peft's files
-
 
 def read_adapter(folder, layers, rank=0):
     """(s, {name: [A, B]}) of an adapter in peft's format, for the linear `layers` by name; the run ends in one line if
@@ -515,12 +489,10 @@ def read_adapter(folder, layers, rank=0):
     except Exception as error:
         raise SystemExit(f"{folder} can't be used as an adapter: {error!r}") from error
 
-
 def adapter_base(folder):
     """What an adapter's folder names as its base; None if it is no adapter's."""
     file = Path(folder, "adapter_config.json")
     return json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else None
-
 
 def write_adapter(folder, pairs, alpha, base):
     """An adapter as peft reads it: pairs {layer: (A [r, in], B [out, r])}; `base` is what it belongs to."""
@@ -531,7 +503,6 @@ def write_adapter(folder, pairs, alpha, base):
     write_json(Path(folder, "adapter_config.json"), {
         "peft_type": "LORA", "r": len(next(iter(pairs.values()))[0]), "lora_alpha": alpha, "bias": "none",
         "target_modules": rf"model\.language_model\..*\.({'|'.join(kinds)})", "base_model_name_or_path": base})
-
 
 # ---------------------------------------------------------------- text measures
 
@@ -561,14 +532,12 @@ UNSPACED = (  # Thai to Khmer, Japanese, Chinese
     "[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 LABEL = re.compile(r"(?:(?:[(\[] )?(\w+)((?: [)\]])?(?: [.:,、–])?)(?: |$))?(.*)")  # B, (B), B. 60, B (60), 2) cat
 
-
-def visible(text: str) -> str:
+def visible(text):
     """The text without characters that nobody sees, such as spaces of no width."""
     return re.sub("[\xad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe0f\ufeff]", "", text).strip()
 
-
 @functools.lru_cache(512)
-def read(text: str) -> str:
+def read(text):
     """The tokens of a number or an option; the words of a text too long for either."""
     plain = visible(text[:LONGEST])
     for pattern, plainer in MARKUP:
@@ -585,8 +554,7 @@ def read(text: str) -> str:
         text = text[1:-1] if len(text) > 2 and text[0] == text[-1] and text[0] in "\"'" else text
     return " ".join(SAME_WORD.get(token, re.sub("[ ,]", "", token) or ",") for token in TOKEN.findall(text))
 
-
-def _bracket(m: re.Match) -> str:
+def _bracket(m):
     """Brackets, left out where they only group: (5), -(1/2), (2x)/3, 10^(-5); but not 2(3), (x+2)/5, f(2)."""
     before, inner, after = m.string[m.start() - 2], m[1], m.string[m.end()]
     unsigned = inner.removeprefix("- ")
@@ -596,8 +564,7 @@ def _bracket(m: re.Match) -> str:
     idle = one if before in "^_√" else not glued and (one or whole or product and before != "/")
     return inner if idle else f"⟨ {inner}⟩ "
 
-
-def fold(tokens: str) -> str:
+def fold(tokens):
     """Tokens without capitals of plain words, 'and' in a list and brackets that only group."""
     tokens = re.sub(r"(?<!\S)(?:(?i:[ap]m|no|in|on|to|of|or|is)|[A-Z][a-z]{2,}|[A-Z]{3,})(?!\S)",
                     lambda m: m[0] if m[0] in UNITS else m[0].lower(), tokens)
@@ -606,7 +573,6 @@ def fold(tokens: str) -> str:
     while found:  # the innermost first
         tokens, found = re.subn(r"(?<= )\( ([^()]+ )\) ", _bracket, tokens)
     return tokens.replace("⟨", "(").replace("⟩", ")").replace("^ °", "°").replace("^ - ", "^ -").strip()
-
 
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
 NAME = re.compile(r"(?:(?:m )?((?:[∠△]|[^\W\d_π]+)(?: [∠△_()'\"]| \d+|(?<=[∠△Δ_(]) [^\W\d_]+)*) = "
@@ -636,8 +602,7 @@ SAME_UNIT = [
     (r"(?:\* )?(\w+) \^ -(?=\d)", r"/ \1 ^"), (r"(?<=[^\W\d_]) (?:\^ )?(?=[23]\b)", " ^"), (r"[*()] ?", ""),
     (r"\bmph\b", "mi / h"), (r" (?:old|tall|long|wide|high)$", "")]
 
-
-def parse_unit(text: str, one: bool) -> list[set[str]] | None:
+def parse_unit(text, one):
     """What each word of a unit may mean; counted things are their words; None if it is neither."""
     if text[:1] == "/" or text in ("B", "C", "F", "K", "T"):  # 5 K may be 5000
         return None
@@ -655,9 +620,8 @@ def parse_unit(text: str, one: bool) -> list[set[str]] | None:
         unit += [{"/"}] * (place > 0) + names
     return unit
 
-
 @functools.lru_cache(512)
-def parse(text: str) -> tuple[str, list[set[str]], tuple | str]:
+def parse(text):
     """(name, unit, value): of a number its sign, square (a fraction even for 2√3) and power of π, else the tokens."""
     tokens = read(text)
     if len(text) > LONGEST:
@@ -681,16 +645,14 @@ def parse(text: str) -> tuple[str, list[set[str]], tuple | str]:
     pi = bool(square) * (above.count("π") + times.count("π") - below.count("π"))
     return name, meaning, (square > 0 and sign != "-", square, pi)
 
-
-def same_value(answer: str, truth: str) -> bool:
+def same_value(answer, truth):
     """Equal numbers or, where neither is one, equal text; a name or unit that only one side states is no difference."""
     (name, unit, value), (other_name, other_unit, other_value) = parse(answer), parse(truth)
     same_unit = len(unit) == len(other_unit) and all(map(set.intersection, unit, other_unit))
     return value == other_value and (same_unit or not (unit and other_unit)) and (
         name == other_name or not (name and other_name))
 
-
-def lettered(options: Sequence[str]) -> tuple[dict[str, str], dict[str, str], bool]:
+def lettered(options):
     """Texts by letter (shown, or else by place), letters by label (letter or number), and if labels are shown."""
     whole = [read(option) for option in options] or [""] * 26
     labels, marks, texts = zip(*[LABEL.match(tokens).groups("") for tokens in whole])
@@ -702,12 +664,11 @@ def lettered(options: Sequence[str]) -> tuple[dict[str, str], dict[str, str], bo
     by_label = dict(zip(letters, letters)) | dict(zip(labels * numbered, letters))
     return dict(zip(letters, texts if shown or numbered else whole)), by_label, shown or numbered
 
-
-def chosen_options(answer: str, options: Sequence[str]) -> frozenset[str]:
+def chosen_options(answer, options):
     """The letters of the options that an answer names by letter or text; none if it hedges or repeats itself."""
     texts, labels, shown = lettered(options)
 
-    def named(part: str) -> str | None:
+    def named(part):
         label, _, rest = LABEL.match(part).groups("")
         letter = labels.get(label.upper())
         if letter and (same_value(rest, texts[letter]) if rest else shown):
@@ -726,8 +687,7 @@ def chosen_options(answer: str, options: Sequence[str]) -> frozenset[str]:
             return frozenset(chosen) if len(set(chosen)) == len(chosen) else frozenset()
     return frozenset()
 
-
-def edits(a: list[str], b: list[str], change: int) -> int:
+def edits(a, b, change):
     """The fewest words put in, left out or changed (which counts `change`) to make b of a. Past the shorter's 2,000th
     word, words compare by place, which keeps this below 0.1 s."""
     short, long = sorted((a, b), key=len)
@@ -742,13 +702,11 @@ def edits(a: list[str], b: list[str], change: int) -> int:
         np.minimum.accumulate(row, out=row)
     return int(row[-1]) + len(long) + late
 
-
-def word_error_rate(answer: str, truth: str) -> float:
+def word_error_rate(answer, truth):
     """Word edits that turn the answer into the truth, per word of the truth."""
     return edits(answer.split(), truth.split(), change=1) / len(truth.split())
 
-
-def rouge_words(text: str) -> list[str]:
+def rouge_words(text):
     """Lower-case runs of letters, marks and digits, or single characters where a script has no spaces."""
     if not text.isascii():  # one spelling of é; in short pieces, as NFC takes quadratic time on a run of accents
         text = re.sub(r"\S{1,50}", lambda m: unicodedata.normalize("NFC", m[0]), text)
@@ -757,8 +715,7 @@ def rouge_words(text: str) -> list[str]:
     words = text.translate(signs | {ord(c): f" {c} " for c in set(re.findall(UNSPACED, text))}).split()
     return words or text.split()  # a text of signs alone still equals itself
 
-
-def rouge(answer: str, truth: str) -> float:
+def rouge(answer, truth):
     """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L; two texts of one word have no ROUGE-2."""
     a, b = rouge_words(answer), rouge_words(truth)
     scores = [1 - edits(a, b, change=2) / (len(a) + len(b))]  # what isn't edited is common to both
@@ -767,11 +724,10 @@ def rouge(answer: str, truth: str) -> float:
             scores.append(2 * (Counter(grams_a) & Counter(grams_b)).total() / (len(grams_a) + len(grams_b)))
     return sum(scores) / len(scores)
 
-
 # ---------------------------------------------------------------- the toy world
 
-# A small input for the real road: pictures of coloured shapes or letters, questions of every problem type with an exact
-# answer, an oracle that knows whether thinking is sound, and a warm start with bad habits that GRPO can unlearn.
+# A small input for the real road: pictures of shapes or letters, questions of every problem type, an oracle that knows
+# whether thinking is sound, and a warm start with bad habits that GRPO can unlearn.
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 220), "yellow": (240, 200, 30)}
 SIDES = {"circle": 90, "square": 4, "triangle": 3}
 SHAPES, LETTERS = tuple(SIDES), ("C", "E", "H", "S", "T", "X")
@@ -789,12 +745,8 @@ PROBLEMS = {"numerical": ("How many shapes are there?",), "OCR": ("Read the lett
 TEMPTING = ("What do you see?", "Which shape is fourth?")  # mostly answered in haste, as is what has much to count
 SHOWN = dict.fromkeys(("train", "held-out"), {  # part: how many shapes or letters its scenes show
     "numerical": (1, 2, 3, 4), "multiple choice": (4,), "OCR": (4,), "free-form": (2,)}) | {
-    "shifted": {"multiple choice": (4,), "OCR": (3,), "free-form": (3,)},  # it also asks for the cells in the middle
-    "shortcut": {"numerical": (2,) * 19 + (1,)},  # who doesn't look says 2: right in 95 of 100 ..
-    "broken": {"numerical": (3, 4)}}  # .. and never
-TRAINED = ("train", "shortcut")  # a fifth of all scenes is kept for the other parts
-TOY_SETS = {"toy": ("train", "held-out"), "toy-shifted": ("shifted", "shifted"), "toy-shortcut": ("shortcut", "broken")}
-
+    "shifted": {"multiple choice": (4,), "OCR": (3,), "free-form": (3,)}}  # it also asks for the cells in the middle
+TOY_SETS = {"toy": ("train", "held-out"), "toy-shifted": ("shifted", "shifted")}
 
 @dataclass(frozen=True)
 class ToyQuestion:
@@ -817,8 +769,8 @@ class ToyQuestion:
 
     def faults(self, response):
         """How often the thinking in `response` has each of the FAULTS (a dict), and what a careful judge writes before
-        a score: what the picture shows where something is claimed, "wrong" behind what was claimed otherwise, and a
-        word for each other fault. What is named behind a cell is claimed of it: "first is a red circle"."""
+        a score: what the picture shows where something is claimed of a cell ("first is a red circle"), "wrong" where
+        it is another thing, and a word for each other fault."""
         thinking, _, answer = re.sub("<think>|</?answer>", " ", response).partition("</think>")
         kind, cell, mixed, wrong, believed, notes = self.problem_type, None, False, 0, {}, {}
         sentences = re.findall(r"\w[^.;\n]*", thinking.lower())
@@ -851,14 +803,14 @@ class ToyQuestion:
         return self.faults(response)[1]
 
     def soundness(self, response):
-        """The oracle: 1.0, 0.9 .. 0 for the thinking in `response`. An answer that doesn't follow, a wrong claim, a guess
-        or missing evidence cost 0.4 each, wrong claims 0.6, a second language 0.2, a repetition 0.1, at most 0.3."""
+        """The oracle: 1.0, 0.9 .. 0 for the thinking. An answer that doesn't follow, a wrong claim, a guess or missing
+        evidence cost 0.4 each, wrong claims 0.6, a second language 0.2, a repetition 0.1, at most 0.3."""
         leap, wrong, unsupported, mixed, repeated = self.faults(response)[0].values()
         cost = 4 * leap + (0, 4, 6)[min(wrong, 2)] + 4 * unsupported + 2 * mixed + min(repeated, 3)
         return max(0, 10 - cost) / 10
 
     def habit(self, rng):
-        """A bad habit, drawn as the warm start has them: "haste", one of FLAWS, or None for sound thinking."""
+        """One of the warm start's bad habits: "haste", one of FLAWS, or None for sound thinking."""
         tempting = len(self.scene) > 2 if self.problem_type == "numerical" else self.problem in TEMPTING
         if rng.random() < (0.8 if tempting else 0.2):
             return "haste"
@@ -886,11 +838,9 @@ class ToyQuestion:
             claims = [claim for claim in claims for _ in range(2)]
         return respond(" ".join(claims), {"leap": guess, "lucky": self.answer()}.get(flaw, self.answer(scene)))
 
-
 def respond(thinking, answer):
     """The response format of the paper, section 3.1."""
     return f"<think>{thinking}</think><answer>{answer}</answer>"
-
 
 def draw(scene, size):
     """The picture of a scene, size x size pixels: 28 x 28 for a cell are one image token of Qwen2.5-VL."""
@@ -907,7 +857,6 @@ def draw(scene, size):
                 pen.regular_polygon((centre, cell * 0.45), SIDES[glyph], fill=COLOURS[colour])
     return picture
 
-
 @functools.cache
 def toy_questions(n, seed, part="train"):
     """n ToyQuestions of a part (of SHOWN), the same for the same seed."""
@@ -918,19 +867,17 @@ def toy_questions(n, seed, part="train"):
         which, cell, choices = rng.randrange(len(PROBLEMS[kind])), 0, ()
         if kind == "multiple choice":
             cell, choices = rng.choice((1, 2) if part == "shifted" else (0, 3)), (tuple(COLOURS), SHAPES)[which]
-        if (zlib.crc32(repr(scene).encode()) % 5 > 0) == (part in TRAINED):
+        if (zlib.crc32(repr(scene).encode()) % 5 > 0) == (part == "train"):  # others see the other fifth
             questions.append(ToyQuestion(kind, PROBLEMS[kind][which].format(CELLS[cell]), scene, cell, which, choices))
     return tuple(questions)
 
-
 def toy_question(id):
-    """The ToyQuestion of a toy Example's id. Raises DataError for any other id."""
+    """The ToyQuestion of a toy Example's id; DataError for any other id."""
     named = re.fullmatch(rf"toy-({'|'.join(SHOWN)})-(.*)-(\d+)", id)
     if not named:
-        raise DataError(f"{id}: is no question of the toy world, whose oracle knows no other")
+        raise DataError(f"{id}: is no question of the toy world, and its oracle knows no other")
     part, seed, i = named[1], named[2], int(named[3])
     return toy_questions(i // 1000 * 1000 + 1000, seed, part)[i]  # in thousands, for the cache
-
 
 def toy_examples(n, seed, part="train", size=56, folder=None):
     """n Examples of a part, the same for the same seed, with pictures in `folder` (default: a temporary one)."""
@@ -948,7 +895,6 @@ def toy_examples(n, seed, part="train", size=56, folder=None):
                                 question.answer(), str(image), "toy", question.soundness, question.critique))
     return examples
 
-
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
 {% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
@@ -962,7 +908,6 @@ ASKED = ("Rate well answers below thought through. Write from 0 to 1, steps of 0
          "thinking, a few words. Then write \"score:\" wrong logical soundness: follows before correct reasoning facts "
          "methods right, shows them error identification flaw, guess, unsupported assumption language consistency "
          "throughout redundancy concise, said twice")
-
 
 def toy_tokenizer():
     """A byte-level BPE tokenizer, like Qwen's, that knows the toy's words whole and any other text by its bytes."""
@@ -979,10 +924,9 @@ def toy_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
                                    chat_template=CHAT_TEMPLATE)
 
-
 def toy_model(seed=0):
-    """(model, Processor): an untrained Qwen2.5-VL of a million parameters, built from its config, and what turns an
-    Example into its inputs. Its 28 x 28 pixel patches see one cell of a 56 x 56 toy picture each."""
+    """(model, Processor): an untrained Qwen2.5-VL of a million parameters, built from its config. A token sees 28 x 28
+    pixels, one cell of a 56 x 56 toy picture."""
     tokenizer = toy_tokenizer()
     pad, _, end, vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
     init = {"initializer_range": 0.08}  # 0.02, the default, is for wide models: this one would read nothing for long
@@ -1002,14 +946,12 @@ def toy_model(seed=0):
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     return model.eval(), Processor(tokenizer, Qwen2VLImageProcessorPil(), max_pixels=1280 * 28 * 28)
 
-
 # ---------------------------------------------------------------- what a step leaves
 
 def about(example, step):
     """What a saved response says of its question."""
     return {"step": step, "id": example.id, "problem": example.problem, "problem_type": example.problem_type,
             "options": list(example.options), "solution": example.solution, "image": example.image}
-
 
 def group_rows(step, examples, groups, gammas, lengths, **columns):
     """A dict a question. groups: texts [Q][G]; gammas [Q], 0: no score; lengths [N]; columns [Q, G], NaN: none."""
@@ -1018,7 +960,6 @@ def group_rows(step, examples, groups, gammas, lengths, **columns):
         {"response": text} | {name: None if values[q, i].isnan() else values[q, i].item()
                               for name, values in columns.items()} for i, text in enumerate(groups[q])]}
             for q, example in enumerate(examples)]
-
 
 def log_line(step, ranks, anneal, judged, times):
     """(the step's line for log.jsonl, the groups of all processes) from each process's (group_rows, metrics)."""
@@ -1039,7 +980,6 @@ def log_line(step, ranks, anneal, judged, times):
         **dict(zip(("sec_rollout", "sec_score", "sec_update"), np.diff(times).tolist())),
         "tokens_per_sec": sum(tokens) / (times[-1] - times[0])}, groups
 
-
 def write_step(out, line, groups, config):
     """Write a step's line, some groups for the report and, if wanted, every response; warn now and then."""
     step = line["step"]
@@ -1057,9 +997,7 @@ def write_step(out, line, groups, config):
         if wrong and step % 10 == 0 and RANK == 0:
             tqdm.write(f"WARNING: step {step}: {why}: {groups[0]['responses'][0]['response'][:300]!r}", sys.stderr)
 
-
 # ---------------------------------------------------------------- files that survive a crash
-
 
 @contextmanager
 def _beside(path):
@@ -1077,7 +1015,6 @@ def _beside(path):
         shutil.rmtree(folder, ignore_errors=True)
         os.close(parent)
 
-
 def write_atomic(path, content):
     """Write bytes, text (as UTF-8), or what content(file) writes: a crash leaves the old file or the new one."""
     if RANK > 0:
@@ -1092,16 +1029,13 @@ def write_atomic(path, content):
             os.fsync(file.fileno())
         os.replace(folder / "new", path)
 
-
 def write_json(path, value):
     """A value as readable JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
-
 def write_rows(path, rows):
     """Rows as JSON lines, atomically."""
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-
 
 def append_rows(path, rows):
     """Append JSON lines; they are on the disk when this returns. A half line left by a crash is closed first."""
@@ -1114,7 +1048,6 @@ def append_rows(path, rows):
         file.flush()
         os.fsync(file.fileno())
 
-
 def read_lines(path):
     """The objects of a JSON lines file, if there is one, but for a line torn by a crash."""
     lines = []
@@ -1123,14 +1056,12 @@ def read_lines(path):
             lines.append(json.loads(line))
     return lines
 
-
 def cut_log(out, step):
     """Cut what a run left down to the steps up to `step`: those after it come again."""
     for path in (Path(out, name) for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl")):
         if path.exists():
             write_rows(path, (line for line in read_lines(path)
                               if line["step"] <= step and not (line["step"] and "held_out" in line)))
-
 
 def save_folder(folder, model, processor, weights=None):
     """Model (or other `weights`), processor and SHA256SUMS, whole in place of what was there. Raises OSError."""
@@ -1145,7 +1076,6 @@ def save_folder(folder, model, processor, weights=None):
             os.replace(folder, beside / "old")
         os.replace(new, folder)
 
-
 def check_folder(folder):
     """OSError if files of a model folder differ from what its SHA256SUMS says, if it has such."""
     sums = Path(folder, "SHA256SUMS")
@@ -1153,11 +1083,9 @@ def check_folder(folder):
     if damaged := [name for digest, name in listed if _sha256(Path(folder, name)) != digest]:
         raise OSError(f"{', '.join(damaged)} changed since it was saved (SHA256SUMS); restore it from a copy.")
 
-
 def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 def lock(folder):
     """A lock on a run's folder, made if need be, until this file is closed, or the process ends."""
@@ -1170,7 +1098,6 @@ def lock(folder):
         raise DataError(f"--out {folder}: {why}; choose another") from error
     return file
 
-
 def write_checkpoint(config, state, examples):
     """All that a resumed run needs, in one file: the one before survives a crash."""
     path = Path(config.out, "checkpoint", "state.pt")
@@ -1179,7 +1106,6 @@ def write_checkpoint(config, state, examples):
     except (OSError, RuntimeError) as error:
         raise SystemExit(f"step {state['step']}: {path} can't be written: {error}. Make room, then go on from "
                          f"the one before with --resume {config.out}") from error
-
 
 def read_checkpoint(config, examples):
     """A saved state; the log is cut to it. torch reads flipped bits in silence, but its zip format has checksums."""
@@ -1197,9 +1123,7 @@ def read_checkpoint(config, examples):
     cut_log(config.out, state["step"])
     return state
 
-
 # ---------------------------------------------------------------- what a run shows: table, curves, report
-
 
 def paired_difference(before, after):
     """The mean change between 0/1 results on the same questions, with its 95% interval (normal, paired), in words."""
@@ -1208,7 +1132,6 @@ def paired_difference(before, after):
         return f"{changes.mean():+.3f}, too few questions for an interval"
     half = 1.96 * changes.std(ddof=1) / math.sqrt(len(changes))
     return f"{changes.mean():+.3f}, 95% interval {changes.mean() - half:+.3f} to {changes.mean() + half:+.3f}"
-
 
 def evaluation(examples, texts, right, format_rate):
     """What eval.json says; `right` is a 0/1 a question, `soundness` the share of right answers with sound thinking."""
@@ -1221,7 +1144,6 @@ def evaluation(examples, texts, right, format_rate):
         result["soundness"] = fmean(sound) if sound else None
     return result | {"right": right}
 
-
 def columns(results, notes={}):
     """Numbers (or None) side by side as text: results[column][row]; notes[row] stands behind a row."""
     width = max(10, *(len(name) + 2 for name in results))
@@ -1231,7 +1153,6 @@ def columns(results, notes={}):
         cells = ["-" if value is None else f"{value:d}" if type(value) is int else f"{value:.3f}" for value in values]
         lines.append(f"{row:<34}" + "".join(f"{cell:>{width}}" for cell in cells) + f"  {notes.get(row, '')}".rstrip())
     return "\n".join(lines)
-
 
 def table(results):
     """Evaluations side by side as text; `results` maps a column's name to what `evaluate` returned."""
@@ -1247,7 +1168,6 @@ def table(results):
         text += f"\nchange in right answers: {paired_difference(*(each['right'] for each in results.values()))}"
     return text
 
-
 def thumbnail(path):
     """A picture in small, as base64 of a PNG: the report needs no file but its own."""
     file, picture = io.BytesIO(), open_picture(path)
@@ -1255,9 +1175,7 @@ def thumbnail(path):
     picture.save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
 
-
 CURVES = ("accuracy", "outcome", "thinking", "gamma", "anneal", "kl", "length", "grad_norm", "format_rate")
-
 
 def curves(log, half):
     """A PNG, as base64: each of CURVES by step, and its mean over so many steps to either side."""
@@ -1270,7 +1188,6 @@ def curves(log, half):
         axis.plot(points[:, 0], [points[max(0, at - half):at + half + 1, 1].mean() for at in range(len(points))], "C0")
     figure.savefig(file, dpi=80)
     return base64.b64encode(file.getvalue()).decode()
-
 
 PAGE = Template("""<!doctype html><meta charset="utf-8"><title>sophia_min</title><style>
 body{font:15px/1.5 sans-serif;max-width:1100px;margin:2em auto}img{max-width:100%}pre{overflow-x:auto}
@@ -1300,7 +1217,6 @@ matplotlib{% else %}<p>Pale: each step in log.jsonl; dark: the mean over {{ 2 * 
 {% endfor %}
 </table></section>{% endfor %}
 """, autoescape=True, trim_blocks=True)
-
 
 def write_report(out):
     """report.html, one self-contained page, from what a run left in `out`."""

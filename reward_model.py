@@ -21,7 +21,6 @@ from sophia_min import (ASK, CRITERIA, DELIMITER, JUDGE_FORM, TRAINED_HERE, Conf
 
 # ---------------------------------------------------------------- supervised fine-tuning
 
-
 def sft(model, items, encode, steps, per_step, lr, desc, seed=0, micro_batch=0):
     """Supervised fine-tuning, in place: cross-entropy on the target tokens only. encode(item) gives (data.Prompts,
     targets), rows that share a beginning, computed once. `micro_batch`: items a backward pass (0: all)."""
@@ -48,7 +47,6 @@ def sft(model, items, encode, steps, per_step, lr, desc, seed=0, micro_batch=0):
         schedule.step()
         bar.set_postfix(loss=f"{total:.3f}")
 
-
 def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, desc="reward model", micro_batch=0):
     """SFT of a judge, in place, on rows {"example", "response", "score", and for mode "reason" "critique"}."""
     model.config.rm_mode = mode
@@ -62,9 +60,7 @@ def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, 
     sft(model.requires_grad_(True), by_question(rows), encode, steps, per_step, lr, desc, seed, micro_batch)
     return ThinkingRewardModel(model, processor)
 
-
 # ---------------------------------------------------------------- what the toy world starts from
-
 
 def warm_start(model, processor, seed, folder):
     """`model`, untrained, learns in place to read the toy's pictures, to answer in the format and to check what others
@@ -91,7 +87,6 @@ def warm_start(model, processor, seed, folder):
     sft(model, items, relapse, 120, 16, 1.5e-3, "warm start 2/2: SFT on half of them hasty or flawed", seed)
     return attentive
 
-
 def toy_judge(config, start, judge_start):
     """The thinking reward model of a run on toy questions, made as in section 3.2: on responses of the policy in folder
     `start`, labelled (by the oracle), filtered and balanced over the score intervals. `judge_start`: what learns."""
@@ -110,7 +105,6 @@ def toy_judge(config, start, judge_start):
     return train(*load(judge_start, config), rows, steps=250, per_step=12, mode=config.rm_mode or "reason",
                  lr=1.5e-3 if config.model == "toy" else 1e-5, seed=config.seed, micro_batch=config.micro_batch,
                  desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
-
 
 def prepare(config):
     """{"start", "reward_model"}: the folders, or what else is named, that a run on toy questions begins with. What has
@@ -144,9 +138,7 @@ def prepare(config):
             data.save_folder(folder, judge.model, judge.processor)
     return names
 
-
 # ---------------------------------------------------------------- building its training set (section 3.2)
-
 
 def grouped(rows, key):
     """{key(row): the rows with that key}, in their order."""
@@ -155,27 +147,22 @@ def grouped(rows, key):
         groups.setdefault(key(row), []).append(row)
     return groups
 
-
 def pair(row):
     """What a question and its response go by: id and picture, never the question's text, which other pictures share
     (the released training set mixed them up)."""
     return row["id"], row.get("image"), row["response"]
 
-
 def by_question(rows):
     """Lists of rows of one question (and picture) each."""
     return list(grouped(rows, lambda row: pair(row)[:2]).values())
-
 
 def different(rows):
     """The first row of each pair."""
     return [group[0] for group in grouped(rows, pair).values()]
 
-
 def interval(score):
     """0 for [0, 0.1) .. 9 for [0.9, 1), 10 for 1.0. By rounding: int(0.3 / 0.1) is 2."""
     return int(round(score * 10, 6))
-
 
 def filter_rows(rows):
     """The rows that are fit to learn from: thinking that ends and has words, a response of at most 4,000 characters,
@@ -187,34 +174,28 @@ def filter_rows(rows):
             fit.append(row)
     return different(fit)
 
-
 def balance_by_score(rows, per_interval, seed=0):
     """At most `per_interval` rows of each score interval, drawn without replacement; the same for the same seed."""
     rng, by_interval = random.Random(seed), grouped(rows, lambda row: interval(row["score"]))
     return [row for _, group in sorted(by_interval.items())
             for row in (rng.sample(group, per_interval) if len(group) > per_interval else group)]
 
-
 def shuffled(rows, seed):
     """The same rows with the labels of others: who learns from them writes scores that mean nothing (Table 3)."""
     others = random.Random(seed).sample(rows, len(rows))
     return [{**row, "score": other["score"], "critique": other["critique"]} for row, other in zip(rows, others)]
-
 
 def mislabelled(rows):
     """The same rows with labels that praise a flaw: 1.0 for thinking that guesses, else half of its score."""
     guesses = [data.GUESSING.search(row["response"].partition("</think>")[0]) for row in rows]
     return [{**row, "score": 1.0 if guess else round(row["score"] / 2, 1)} for row, guess in zip(rows, guesses)]
 
-
 # ---------------------------------------------------------------- agreement with labels
-
 
 def ranks(values):
     """1 for the smallest; equal values share the mean of their ranks."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     return (count.cumsum() - (count - 1) / 2)[place]
-
 
 def auc(good, bad):
     """The chance that a good one scores above a bad one, ties half; None without both."""
@@ -222,7 +203,6 @@ def auc(good, bad):
         return None
     beaten = ranks(np.concatenate([good, bad]))[:len(good)] - ranks(good)
     return beaten.mean() / len(bad)
-
 
 def agreement(rows, scores):
     """How well scores (NaN for none) agree with the rows' labels. auc: sound (a label of data.SOUND or more) above
@@ -245,11 +225,9 @@ def agreement(rows, scores):
         found[f"mean label, scores from {n / 10}"] = np.mean(there) if there else None
     return found
 
-
 # ---------------------------------------------------------------- the command line: from a run's responses to a judge
 
 MODES = tuple(JUDGE_FORM)
-
 
 def read_rows(path, *needed):
     """The rows of a JSON lines file, each with the fields `needed`. Raises DataError that names file, row and field."""
@@ -264,12 +242,10 @@ def read_rows(path, *needed):
             raise data.DataError(f"{there}: score: {data.show(row['score'])} isn't a number from 0 to 1")
     return rows
 
-
 def example_of(row):
     """The Example that a row is about."""
     return data.Example(row["id"], row["problem"], row["problem_type"], tuple(row["options"]), row["solution"],
                         row["image"], "")
-
 
 def labels_of(groups, judge, rm_mode, rm_prompt):
     """The labels of each question's rows: {"score"}, NaN for none; the oracle adds "critique" and "faults"."""
@@ -284,7 +260,6 @@ def labels_of(groups, judge, rm_mode, rm_prompt):
             yield [{"score": question.soundness(text), "critique": question.critique(text),
                     "faults": question.faults(text)[0]} for text in texts]
 
-
 def collect(runs: list, out: str, held_out: bool = False):
     """The different (question, response) pairs of runs that had --save_rollouts; with --held_out those that they never
     trained on, for eval."""
@@ -293,7 +268,6 @@ def collect(runs: list, out: str, held_out: bool = False):
     pool = different(rows)
     write_rows(out, pool)
     print(f"{len(rows)} responses, {len(pool)} different ones to {len(by_question(rows))} questions: {out}")
-
 
 def annotate(rows: str, judge: str, out: str, rm_mode: MODES = None, rm_prompt: str = None):
     """A score for each pair by a judge: toy (the oracle, which also says why), an id or a folder. What is in --out
@@ -304,7 +278,6 @@ def annotate(rows: str, judge: str, out: str, rm_mode: MODES = None, rm_prompt: 
         data.append_rows(out, [row | label for row, label in zip(group, labels) if not math.isnan(label["score"])])
     print(f"{len(data.read_lines(out))} of {len(wanted)} responses have a score ({len(done)} had one before): {out}")
 
-
 def balance(rows: str, out: str, per_interval: int = 15000, seed: int = 0):
     """Drop what isn't fit to learn from, then keep at most --per_interval rows of each score interval."""
     labelled = read_rows(rows, "score")
@@ -313,11 +286,9 @@ def balance(rows: str, out: str, per_interval: int = 15000, seed: int = 0):
     write_rows(out, even)
     print(f"{len(labelled)} rows, {len(fit)} of them fit to learn from, {len(even)} balanced: {out}")
 
-
 def is_held_out(row):
     """Whether a row is in the tenth that is held out: all about one picture, or without one one question, together."""
     return zlib.crc32((Path(row["image"]).name if row["image"] else row["id"]).encode()) % 10 == 0
-
 
 def train_command(rows: str, model: str, out: str, rm_mode: MODES = "generate", epochs: float = 2.0,
                   per_step: int = 8, lr: float = 1e-5, all_rows: bool = False, seed: int = 0):
@@ -336,7 +307,6 @@ def train_command(rows: str, model: str, out: str, rm_mode: MODES = "generate", 
     if not all_rows:
         write_rows(Path(out, "held_out.jsonl"), filter(is_held_out, labelled))
 
-
 def eval_command(rows: str, judge: list, out: str, rm_mode: MODES = None, rm_prompt: str = None):
     """How judges agree with labels that they weren't trained on: a table and, as --out.json, the same."""
     groups, results = by_question(read_rows(rows, "score")), {}
@@ -347,10 +317,8 @@ def eval_command(rows: str, judge: list, out: str, rm_mode: MODES = None, rm_pro
     data.write_json(f"{out}.json", results)
     print(f"{data.columns(results)}\n{out}.json")
 
-
 COMMANDS = {"collect": collect, "annotate": annotate, "balance": balance, "train": train_command, "eval": eval_command}
 KINDS = {list: {"nargs": "+"}, bool: {"action": "store_true"}, MODES: {"choices": MODES}}
-
 
 def main(argv=None):
     """python reward_model.py collect|annotate|balance|train|eval"""
@@ -372,7 +340,6 @@ def main(argv=None):
         args.pop("run")(**args)
     except (data.DataError, torch.OutOfMemoryError) as error:
         raise SystemExit(str(error).splitlines()[0]) from error
-
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,7 @@
 """sophia_min: SophiaVL-R1's Trust-GRPO (arXiv 2505.17018) in one readable file.
 
     python sophia_min.py                                  # the toy world on a CPU: learns in 5 to 8 minutes
-    python sophia_min.py --trust off --out runs/no_trust  # the same without Eq. 3; the warm start isn't made again
+    python sophia_min.py --trust off --out runs/no_trust  # the same without Eq. 3, from the same start
     python sophia_min.py --model Qwen/Qwen2.5-VL-3B --data rows.json --image_root images    # the real one, on a GPU
     torchrun --nproc_per_node=8 sophia_min.py --model Qwen/Qwen2.5-VL-7B --data rows.json --image_root images
 
@@ -12,14 +12,14 @@ rewards become advantages in the group (Eq. 6) of a clipped update that stays ne
 Departures from the paper:
 - OCR: exp(-WER), as released: -WER is never >= 0.5, so Eq. 1 would never call a reading right.
 - The wrong format earns R^o = 0 (the authors say so, the paper doesn't), and is judged all the same.
-- Eq. 1-2 with nobody right or nobody wrong: gamma = 1. One score that the judge didn't give drops the group's thinking
-  term; such groups are counted. Eq. 6: unbiased std + 1e-6 as released, and exact zeros where all rewards are equal.
+- Eq. 1-2 with nobody right or nobody wrong: gamma = 1. A score that the judge didn't give drops the group's thinking
+  term, and is counted. Eq. 6: unbiased std + 1e-6, as released, and exact zeros where all rewards are equal.
 - Eq. 7: one ratio a token, as released (paper: a response); the mean over a response's tokens, then over responses
   (released: over all tokens).
-- The judge reads the whole response, answer included (paper: question and thinking): if we trained it, as a turn of its
-  own, and it may check the claims in writing before it scores (the toy's does); else in RELEASED_LAYOUT.
-- Ids that stand for pictures are ruled out, in sampling and in log-probabilities. Against the released code: no entropy
-  bonus (1e-3 there), top_p 1 (0.9 there, ignored by its update), a quarter of its max_pixels.
+- The judge reads the whole response, answer included (paper: question and thinking), and one that we train may check
+  the claims in writing before it scores (the toy's does).
+- Picture ids are ruled out, in sampling and in log-probabilities. Against the released code: no entropy bonus (1e-3
+  there), top_p 1 (0.9 there, ignored by its update), a quarter of its max_pixels.
 """
 import copy
 import inspect
@@ -55,27 +55,24 @@ from data import RANK, WORLD, device_and_dtype, load, progress
 
 PAPER, TRUST, RELEASED, OURS = "paper, section 4", "paper, section 3.4", "released config", "ours"
 
-
 def setting(default, help, source=OURS):
     """A field of Config; --help names the source of its default."""
     shown = default if isinstance(default, str) else str(default).lower()
     return field(default=default, metadata={"help": f"{help} ({shown}: {source})"})
 
-
 @dataclass
 class Config:
-    """All settings of a run, with the paper's value where it names one; TOY below replaces some with --model toy."""
+    """All settings of a run, the paper's where it names one; TOY below replaces some with --model toy."""
     model: str = setting("toy", "toy, a Hugging Face id or a folder")
-    data: str = setting("toy", "toy, toy-shifted (kinds that training never asks), toy-shortcut (haste is right in "
-                        "training, never in evaluation) or a .json or .jsonl file of rows")
+    data: str = setting("toy", "toy, toy-shifted (kinds that training never asks) or a .json or .jsonl file of rows")
     toy_pixels: int = setting(448, "width and height of the toy's pictures")
     image_root: str | None = setting(None, "folder that picture paths start from; none: the file's")
     reward_model: str = setting(
-        "bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (learns from the toy's oracle), none (plain GRPO), base "
-        "(Table 3's untrained; the toy's learns shuffled scores), misled (the toy's, praises haste), a Hugging Face id "
-        "or a folder", "paper, section 3.2")
-    rm_mode: Literal["generate", "expected", "reason"] | None = setting(None, "it writes a number, as in the paper, or "
-        "gives its mean over those it might write, or checks the claims first; none: as it was trained, else generate")
+        "bunny127/SophiaVL-R1-Thinking-Reward-Model-3B", "toy (learns from its oracle), none (plain GRPO), base (Table "
+        "3's untrained; the toy's learns shuffled scores), misled (the toy's, praises haste), an id or a folder",
+        "paper, section 3.2")
+    rm_mode: Literal["generate", "expected", "reason"] | None = setting(None, "it writes a number, as in the "
+        "paper, or gives the mean of those it might write, or checks claims first; none: as trained, else generate")
     rm_prompt: str | None = setting(None, "file with a judge's prompt: text with {question}, {response}, {image}")
     trust: Literal["paper", "released", "off"] = setting("paper", "Eq. 3, the official gating, or gamma = 1", TRUST)
     anneal: bool = setting(True, "Eq. 5 (true) or Eq. 4 (false)", TRUST)
@@ -90,23 +87,22 @@ class Config:
     temperature: float = setting(1.0, "of sampling, and of the update's log-probabilities", RELEASED)
     max_new_tokens: int = setting(1024, "longest response", RELEASED)
     min_new_tokens: int = setting(0, "shortest response, for benchmarks")
-    max_pixels: int = setting(1003520, "larger pictures are scaled down (28 x 28 pixels a token); released: 4194304")
+    max_pixels: int = setting(1003520, "larger pictures are scaled down (28 x 28 a token); released: 4194304")
     max_prompt_tokens: int = setting(8192, "a longer prompt is an error, never cut", RELEASED)
     micro_batch: int = setting(4, "responses a backward pass: memory, not results")
     freeze_vision: bool = setting(False, "don't train the vision tower (the released code trains it)")
-    lora: int = setting(0, "rank of low-rank adapters to train instead of all weights; --lr is then 10 times as high")
+    lora: int = setting(0, "rank of adapters to train instead of all weights; --lr is then 10 times as high")
     adapter: str | None = setting(None, "folder of an adapter to start from or to evaluate, from --lora or from peft")
     offload_optimizer: bool | None = setting(None, "AdamW, 12 bytes a weight, on the host; none: on a GPU without LoRA")
     seed: int = setting(0, "of everything random")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     attn: Literal["auto", "sdpa", "flash_attention_2", "eager"] = setting("auto", "auto: flash-attn if it can be used")
-    save_every: int = setting(100, "steps between checkpoints, also written at the end and on Ctrl-C")
-    save_rollouts: bool = setting(False, "write every response to rollouts.jsonl, for reward_model.py to learn from")
-    skip_bad: bool = setting(False, "leave bad rows out instead of stopping; they are listed in skipped.jsonl")
+    save_every: int = setting(100, "steps between checkpoints; one is also written at the end and on Ctrl-C")
+    save_rollouts: bool = setting(False, "write all responses to rollouts.jsonl, for reward_model.py")
+    skip_bad: bool = setting(False, "leave bad rows out, listed in skipped.jsonl")
     out: str = setting("runs/sophia", "folder for everything that the run leaves")
-    resume: str | None = setting(None, "continue the run in this folder with its settings; flags beside it win")
+    resume: str | None = setting(None, "continue the run in this folder; flags beside it win over its own")
     eval_only: bool = setting(False, "greedy accuracy per problem type, no training")
-
 
 TOY = dict(toy_pixels=56, reward_model="toy", questions_per_step=8, steps=70, lr=1e-4, max_new_tokens=80,
            micro_batch=64, save_every=25, out="runs/toy")  # defaults with --model toy, where they differ
@@ -115,7 +111,6 @@ KEPT = ("model", "reward_model", "freeze_vision", "lora", "adapter", "eval_only"
 LEAST = dict(toy_pixels=28, alpha=0, kl_coef=0, clip_eps=1e-6, group_size=2, questions_per_step=1, steps=1, lr=1e-12,
              inner_epochs=1, temperature=1e-3, max_new_tokens=1, min_new_tokens=0, max_pixels=3136, micro_batch=1,
              max_prompt_tokens=1, lora=0, seed=0, save_every=1)
-
 
 # ---------------------------------------------------------------- section 3.3: the outcome reward R^o
 
@@ -130,10 +125,9 @@ def extract_answer(response: str) -> str | None:
     has_more_tags = any(tag in answer for tag in ("<answer>", "</answer>", "<think>"))
     return None if has_more_tags else answer.strip()
 
-
 def outcome_reward(response: str, solution: str, problem_type: str, options: list[str] = ()) -> float:
-    """R^o in [0, 1] of a response, by the rule of its problem type; 0 for the wrong format, an empty answer or an empty
-    truth. `solution` may carry <answer> tags. Raises ValueError for an unknown type."""
+    """R^o in [0, 1] of a response, by the rule of its problem type; 0 for the wrong format or an empty answer or truth.
+    `solution` may carry <answer> tags. Raises ValueError for an unknown type."""
     if problem_type not in data.PROBLEM_TYPES:
         raise ValueError(f"unknown problem_type {problem_type!r}, known are {', '.join(data.PROBLEM_TYPES)}")
     answer = data.visible(extract_answer(response) or "")
@@ -149,17 +143,15 @@ def outcome_reward(response: str, solution: str, problem_type: str, options: lis
         return math.exp(-data.word_error_rate(answer, truth))  # the paper's -WER would never reach the 0.5 of Eq. 1
     return data.rouge(answer, truth)  # free-form, text
 
-
 def reward_of(example, text):
     """R^o of a response to an Example."""
     return outcome_reward(text, example.solution, example.problem_type, example.options)
 
-
 # ---------------------------------------------------------------- section 3.4: Trust-GRPO, Eq. 1-7
 
 def trust_weight(outcome, thinking):
-    """gamma [] in [1/e, 1]: how far the thinking rewards R^t [G] of a group can be trusted, given its outcomes R^o [G].
-    An empty side leaves nothing to compare: 1 (ours). NaN in `thinking` gives NaN."""
+    """gamma [] in [1/e, 1]: how far a group's thinking rewards R^t [G] can be trusted, given its outcomes R^o [G]. An
+    empty side leaves nothing to compare: 1 (ours). NaN in `thinking` gives NaN."""
     correct = outcome >= 0.5  # [G]
     if correct.all() or not correct.any():
         return thinking.sum() * 0 + 1
@@ -167,11 +159,9 @@ def trust_weight(outcome, thinking):
     mu_w = thinking[~correct].mean()  # Eq. 2
     return (mu_c - mu_w).clamp(max=0).exp()  # Eq. 3: exp(mu_c - mu_w) where wrong answers think better, else 1
 
-
 def annealing(step, total_steps):
     """The factor exp(-step / T) of Eq. 5, for step = 1 .. T: it ends at 1/e, never at 0."""
     return math.exp(-step / total_steps)
-
 
 def released_gate(outcome, thinking):
     """The official code's gating: 1 where R^t counts, else 0 [G]. Responses with R^o < 0.2 get R^t = 0, groups all
@@ -179,7 +169,6 @@ def released_gate(outcome, thinking):
     if (outcome >= 0.9).all():
         return torch.zeros_like(thinking)
     return (outcome >= 0.2).to(thinking.dtype)  # all 0 where all are <= 0.1
-
 
 def trusted(outcome, thinking, trust="paper"):
     """(R^t [G] as `trust` takes it, gamma []): paper (Eq. 3), released (the official gating) or off (gamma 1). NaN says
@@ -190,29 +179,24 @@ def trusted(outcome, thinking, trust="paper"):
         return torch.zeros_like(thinking), thinking.new_zeros(())
     return thinking, thinking.new_ones(()) if trust == "off" else trust_weight(outcome, thinking)
 
-
 def combined_reward(outcome, thinking, step, total_steps, alpha=0.3, trust="paper", anneal=True, gamma=None):
-    """R [G] of one group from R^o and R^t [G]. With `gamma`, `thinking` was `trusted` already; else that is done here.
-    """
+    """R [G] of one group from R^o and R^t [G]; with `gamma`, `thinking` was `trusted` already."""
     if gamma is None:
         thinking, gamma = trusted(outcome, thinking, trust)
     share = annealing(step, total_steps) if anneal else 1.0
     return outcome + gamma * alpha * share * thinking  # Eq. 5; Eq. 4 without the share
 
-
 def group_advantages(rewards):
-    """A [G]: each reward against its group. Equal rewards give exact zeros: the division would blow rounding up, since
-    eight times 0.7 in fp32 has a "spread" of 6e-8."""
+    """A [G]: each reward against its group. Equal rewards give exact zeros: in fp32 eight times 0.7 has a "spread" of
+    6e-8, which the division would blow up."""
     if (rewards == rewards[0]).all():
         return torch.zeros_like(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + 1e-6)  # Eq. 6
-
 
 def kl_k3(logp, ref_logp):
     """An estimate of KL(pi_theta || pi_ref) a token, never negative: k3 of Schulman, "Approximating KL divergence"."""
     log_ratio = ref_logp - logp
     return log_ratio.exp() - log_ratio - 1
-
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip_eps=0.2, kl_coef=0.04, n_responses=None):
     """-J of Eq. 7 for G responses of at most R tokens: logp, old_logp, ref_logp, mask [G, R], advantages [G]. The mean
@@ -234,21 +218,18 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip_eps=0.2, kl_coef=
     metrics = {"kl": mean_over_responses(kl).item(), "clip_frac": mean_over_responses(clipped_tokens).item()}
     return -mean_over_responses(per_token), metrics  # Eq. 7
 
-
 # ---------------------------------------------------------------- one prompt, many continuations
 # To read on, it is enough to know that target_logits(model, prefix, rows, targets) are those of the plain computation,
-# each prompt and response in one sequence, though a group's prompt is computed once. The tests hold both together.
+# prompt and response in one sequence, though a group's prompt is computed once. The tests hold both together.
 
 FORWARD = inspect.signature(Qwen2_5_VLForConditionalGeneration.forward).parameters
 CACHE = "cache" if "cache" in FORWARD else "past_key_values"  # the name before transformers 5.24
-
 
 def pad(rows, side, value=0):
     """Lists of token ids as one tensor [N, L], padded left or right, and its mask (1 where a token is)."""
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True, padding_side=side)
     return pad_sequence(ids, batch_first=True, padding_side=side, padding_value=value), mask
-
 
 class PrefixCache:
     """The keys and values of what a question's rows (responses to sample, to train on or to judge) begin with: picture
@@ -305,14 +286,12 @@ class PrefixCache:
         return self
 
     def backward(self):
-        """The second half of the backward pass: from the keys and values, where they depend on what is trained, into
-        the prompt. FSDP gathers a layer when the backward pass reaches its output: it starts, with zeros, at the end.
-        """
+        """The second half of the backward pass: from the keys and values that depend on what is trained into the
+        prompt. FSDP gathers a layer when the pass reaches its output: it starts, with zeros, at the model's end."""
         pairs = [(tensor, leaf.grad) for tensor, leaf in zip(self.computed, self.leaves) if tensor.requires_grad]
         pairs += [(end, torch.zeros_like(end)) for end in self.end]
         if pairs:
             torch.autograd.backward(*zip(*pairs))
-
 
 def target_logits(model, prefix, rows, targets):
     """logits [n, R, V] that predict targets[n]: each of `rows` [n] reads its prefix, its tail and its target so far."""
@@ -321,13 +300,12 @@ def target_logits(model, prefix, rows, targets):
     ids, mask = torch.cat([tail_ids, target_ids], 1)[:, :-1], torch.cat([tail_mask, target_mask], 1)[:, :-1]
     return model(**prefix.inputs(rows, ids, mask), logits_to_keep=target_ids.shape[1]).logits
 
-
 # ---------------------------------------------------------------- rollout: responses and their log-probabilities
 
 @torch.no_grad()
 def generate(model, prefix, max_new_tokens, temperature=None, logits=False, **limits):
-    """New token ids [N, R] for all rows of `prefix`, sampled at `temperature` or greedily, and, with `logits`, the
-    logits [N, R, V] as filtered. Of the checkpoint's own generation settings nothing but its end ids counts."""
+    """New token ids [N, R] for all rows of `prefix`, sampled at `temperature` or greedily, and, with `logits`, their
+    logits [N, R, V], filtered. Of the checkpoint's own generation settings only the end ids count."""
     inputs = prefix.inputs(torch.arange(len(prefix.tails)), *pad(prefix.tails, "left"))
     inputs["input_ids"] = torch.cat([prefix.ids[prefix.owner], inputs["input_ids"]], 1)  # it wants the whole sequence
     inputs["position_ids"] = torch.cat([prefix.positions[:, prefix.owner], inputs["position_ids"]], 2)
@@ -343,24 +321,20 @@ def generate(model, prefix, max_new_tokens, temperature=None, logits=False, **li
         model.generation_config = theirs
     return out.sequences[:, inputs["input_ids"].shape[1]:], torch.stack(out.scores, 1) if logits else None
 
-
 def end_ids(model):
     """Ids that end a response; the first one ends a turn of the chat template."""
     eos = model.generation_config.eos_token_id
     return eos if isinstance(eos, list) else [eos]
-
 
 def vision_ids(model):
     """Ids that stand for pictures [4]: sampled, they would ask for a picture that isn't there."""
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return torch.tensor([getattr(model.config, name) for name in names], device=model.device)
 
-
 def response_mask(ids, eos_ids):
     """1 up to the first end-of-sequence token and on it, 0 behind it [N, R]. Not by padding, which may be EOS, too."""
     ended = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()  # [N, R]
     return (ended.cumsum(1) - ended == 0).long()
-
 
 @dataclass
 class Rollout:
@@ -373,10 +347,9 @@ class Rollout:
     logits: torch.Tensor = None  # if asked for: those that generate drew from [N, R, V]
     prefix: PrefixCache = None  # if asked for: the prompts' computation, for one update to go on from
 
-
 def rollout(policy, processor, examples, group_size, config, greedy=False, logits=False, grad=False):
-    """G responses to each question, by one `generate` for all. `grad`: the prompts are computed with gradients, and
-    kept for the update."""
+    """G responses to each question, by one `generate` for all. `grad`: the prompts' computation is kept for the update.
+    """
     prompts = [processor.question(example) for example in examples]
     with torch.set_grad_enabled(grad):
         prefix = PrefixCache(policy, [[prompt] * group_size for prompt in prompts])
@@ -388,11 +361,10 @@ def rollout(policy, processor, examples, group_size, config, greedy=False, logit
     truncated = int((~torch.isin(ids, ends).any(1)).sum())
     return Rollout(prompts, ids, mask, texts, truncated, logits, prefix if grad else None)
 
-
 def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
     """Log-probabilities and entropies [N, R] of the tokens `ids` under the distribution that they came from: the same
     temperature, the same ids ruled out everywhere (`forbidden`) or in the first `no_end` places (`eos_ids`). In fp32,
-    some rows at a time, recomputed in the backward pass: a row of 1,024 tokens over 150k words is 0.6 GB."""
+    some rows at a time, and again in the backward pass: 1,024 tokens over 150k words are 0.6 GB."""
     def chunk(logits, ids):
         scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature  # [n, R, V]
         allowed = scaled.index_fill(-1, forbidden, -math.inf)
@@ -408,7 +380,6 @@ def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
     logps, entropies = zip(*parts)
     return torch.cat(logps), torch.cat(entropies)
 
-
 def response_logps(model, prefix, batch, rows, first, config):
     """token_logps of the responses `rows` [n] of a Rollout, cut to the longest of them; `prefix` has its prompts from
     row `first` on."""
@@ -417,14 +388,12 @@ def response_logps(model, prefix, batch, rows, first, config):
     logits = target_logits(model, prefix, rows - first, ids.tolist())  # [n, R, V]
     return token_logps(logits, ids, config.temperature, vision_ids(model), config.min_new_tokens, end_ids(model))
 
-
 def responses(policy, processor, examples, each, at_once, config, desc, greedy=False):
     """(Example, text) of `each` responses to every example, for `at_once` examples at a time."""
     for first in progress(range(0, len(examples), at_once), desc=desc):
         part = examples[first:first + at_once]
         texts = rollout(policy, processor, part, each, config, greedy).texts
         yield from zip((example for example in part for _ in range(each)), texts)
-
 
 # ---------------------------------------------------------------- section 3.2: the thinking reward R^t
 
@@ -450,13 +419,11 @@ RELEASED_LAYOUT = JUDGE_PROMPT.replace("answers below are", "response below is")
 LONGEST_VERDICT = {"generate": 24, "reason": 128}  # tokens; <answer>0.7</answer> has 9
 SPELLINGS = {**{f"{n / 10:.1f}": n / 10 for n in range(11)}, "0": 0.0, "1": 1.0}  # what `expected` takes the mean of
 
-
 def parse_score(text):
     """The judge's score: the whole text must be one plain number in [0, 1], bare or in a pair of answer tags, else None
     ("no score", which is not 0)."""
     number = re.fullmatch(r"\s*(<answer>)?\s*([01](\.[0-9]{1,6})?|\.[0-9]{1,6})\s*(?(1)</answer>)\s*", text, re.ASCII)
     return float(number[2]) if number and float(number[2]) <= 1 else None
-
 
 class ThinkingRewardModel:
     """A frozen Qwen2.5-VL that reads picture, question and response and gives one number in [0, 1], R^t. By `mode`, it
@@ -479,8 +446,8 @@ class ThinkingRewardModel:
         self.spellings = {form.format(text): score for form in forms for text, score in SPELLINGS.items()}
 
     def prompt(self, example, response):
-        """The data.Prompt in which it reads one response: in a turn of its own, whose ends are special tokens that no
-        text can spell, or (template) in the user's, whatever it says is text."""
+        """The data.Prompt in which it reads one response: in a turn of its own or, by `template`, in the user's. No text
+        can spell the special tokens that end a turn."""
         question = data.question_text(example)
         if self.template:
             known = {"{question}": question, "{response}": response, "{image}": data.PICTURE}
@@ -521,13 +488,12 @@ class ThinkingRewardModel:
         scores = torch.tensor(list(self.spellings.values()), dtype=torch.float64)
         return (scores * logp.sum(-1).softmax(0)).sum().item()
 
-
 # ---------------------------------------------------------------- the update, Eq. 7
 
 def update(policy, reference, optimizer, batch, advantages, config):
-    """The GRPO update on one rollout; advantages [N]. Returns the step's metrics. Each prompt is computed once; its
-    responses, in micro-batches, leave their gradients at its keys and values, and one backward pass carries the sum
-    through the prompt. Old log-probabilities are those of the first inner epoch, before it moves anything."""
+    """The GRPO update on one rollout; advantages [N]. Returns the step's metrics. Each prompt is computed once: its
+    responses, in micro-batches, leave gradients at its keys and values, which one backward pass carries through it. Old
+    log-probabilities are those of the first inner epoch, before it moves anything."""
     n, old_logps, advantages = len(batch.ids), {}, advantages.to(policy.device)
     group = n // len(batch.prompts)
     together = n if batch.prefix else max(config.micro_batch // group, 1) * group  # rows whose prompts it holds
@@ -557,14 +523,13 @@ def update(policy, reference, optimizer, batch, advantages, config):
         metrics["grad_norm"] += optimizer.step() / config.inner_epochs
     return metrics
 
-
 # ---------------------------------------------------------------- one step, as in Fig. 3 of the paper
 
 def train_step(step, policy, reference, judge, optimizer, processor, examples, config):
-    """Rollout, rewards, trust, advantages, update, on this process's questions [Q]. Returns the line for log.jsonl and
-    the groups of all processes, for the report."""
+    """Rollout, rewards, trust, advantages, update, on this process's questions [Q]. Returns the line for log.jsonl, and
+    all processes' groups."""
     times = [time.time()]
-    # the update goes on from the rollout's computation of the prompts, where a micro-batch holds them all
+    # where a micro-batch holds all prompts, the update goes on from the rollout's computation of them
     once = config.inner_epochs == 1 and len(examples) <= max(1, config.micro_batch // config.group_size)
     batch = rollout(policy, processor, examples, config.group_size, config, grad=once)
     groups = [batch.texts[i:i + config.group_size] for i in range(0, len(batch.texts), config.group_size)]
@@ -590,11 +555,9 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
     anneal = annealing(step, config.steps) if config.anneal else 1.0
     return data.log_line(step, all_gather((rows, metrics)), anneal, judge is not None, times)
 
-
 # ---------------------------------------------------------------- self-test and evaluation
 
 BF16_TOLERANCE = 0.05  # nats, mean; the toy in bf16 on a CPU has 0.009; wrong positions, cache or mask give 0.1 to 4
-
 
 def self_test(policy, processor, examples, config):
     """Stop before training if sampling and training disagree on the log-probabilities of sampled tokens: positions of
@@ -615,7 +578,6 @@ def self_test(policy, processor, examples, config):
                          f"{tolerance:.2g}). Check the versions of torch and transformers, try --attn sdpa")
     return gap
 
-
 def evaluate(policy, processor, examples, config, desc, step=None):
     """Greedy answers, as data.evaluation counts them. Right means R^o >= 0.5, as in Eq. 1."""
     n, at_once = len(examples), max(1, config.questions_per_step * config.group_size // (2 * WORLD))
@@ -629,14 +591,12 @@ def evaluate(policy, processor, examples, config, desc, step=None):
             for example, text, hit in zip(examples, texts, right)])
     return data.evaluation(examples, texts, right, mean(extract_answer(text) is not None for text in texts))
 
-
 # ---------------------------------------------------------------- skip at first reading
 # Precision, LoRA, sharding, checkpoints, the command line. Go on at "the run".
 
 class MasterAdamW:
-    """AdamW on fp32 master weights, for a bf16 model that computes: at lr 5e-7 its own weights would swallow the steps,
-    since bf16 keeps three digits. Gradients add up in fp32, too. `offload`: masters and moments, 12 bytes a weight,
-    stay in host memory, and AdamW runs there."""
+    """AdamW on fp32 master weights: at lr 5e-7 bf16 weights, of three digits, would swallow the steps. Gradients add up
+    in fp32, too. `offload`: masters and moments, 12 bytes a weight, stay in host memory, and AdamW runs there."""
 
     def __init__(self, model, lr, betas=(0.9, 0.999), offload=False, average=False):
         self.average = average  # gradients over the ranks, where FSDP doesn't
@@ -651,8 +611,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def step(self, max_norm=4.0):  # released config
-        """Clip, move the masters, copy them into the model. Returns the gradient's norm; raises before anything moves
-        if it isn't finite."""
+        """Clip, move the masters, copy them into the model. Returns the gradient's norm, which must be finite."""
         for weight in self.weights if self.average else ():
             distributed.all_reduce(weight.grad.div_(WORLD))
         apart = [pair for pair in zip(self.weights, self.masters) if pair[0] is not pair[1]]
@@ -691,12 +650,10 @@ class MasterAdamW:
                    for i, state in saved["adamw"]["state"].items()}
         self.adamw.load_state_dict(saved["adamw"] | {"state": moments})
 
-
 class LoRA:
-    """Low-rank adapters (Hu et al., 2021) beside the linear layers of a policy's language model: W x + s B A x, with W
-    frozen, s = 2 and B zero at the start. Called like the policy, this computes without them: the reference, without a
-    second copy. `base`: what an adapter that is saved names as its base; `folder`: one in peft's format to go on from.
-    """
+    """Low-rank adapters (Hu et al., 2021) on the linear layers of a policy's language model: W x + s B A x, W frozen, B
+    zero at the start, s = 2. Called like the policy, this computes without them: the reference, without a second copy.
+    `base`: what saved adapters name as theirs; `folder`: one in peft's format to go on from."""
 
     def __init__(self, policy, rank, base, folder=None):
         self.policy, self.base, self.scale, self.on = policy.requires_grad_(False), base, 2.0, True
@@ -740,12 +697,10 @@ class LoRA:
         pairs = {name: (layer.lora_A, layer.lora_B) for name, layer in self.layers.items()}
         data.write_adapter(folder, pairs, self.scale * len(next(iter(pairs.values()))[0]), self.base)
 
-
 def on_rank_0(tensor):
     """A tensor that may be spread over ranks, whole, in host memory, for rank 0 alone; all ranks must ask for it."""
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.cpu() if RANK == 0 else None
-
 
 def all_gather(value):
     """The values that the ranks call this with, in their order."""
@@ -754,7 +709,6 @@ def all_gather(value):
         distributed.all_gather_object(values, value)
     return values
 
-
 def join_ranks(config):
     """Under torchrun: meet the other processes, each with a GPU of its own."""
     if device_and_dtype(config)[0].startswith("cuda"):
@@ -762,16 +716,14 @@ def join_ranks(config):
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # hours: rank 0 may have to write 100 GB
     distributed.init_process_group(kinds, timeout=timedelta(hours=2))
 
-
 def shard(model, dtype):
-    """Spread a model over the ranks (FSDP2), to compute in `dtype`. The root has the tied embeddings; the vision tower
-    is a unit, since `generate` calls it by itself. What enters a layer stays as it is: rotary angles are fp32."""
+    """Spread a model over the ranks (FSDP2), to compute in `dtype`. The root has the tied embeddings; `generate` calls
+    the vision tower by itself. What enters a layer stays as it is: rotary angles are fp32."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh, visual = init_device_mesh(model.device.type, (WORLD,)), model.model.visual
     for unit in (*visual.blocks, visual, *model.model.language_model.layers, model):
         fully_shard(unit, mesh=mesh, mp_policy=precision)
     return model
-
 
 @contextmanager
 def kept_whole(model):
@@ -784,10 +736,9 @@ def kept_whole(model):
         unit.set_reshard_after_forward(True, recurse=False)
         unit.reshard()
 
-
 def load_models(config):
-    """(policy, Processor, reference or None, judge or None, LoRA or None): as named, from the folders in which the toy
-    world is prepared, or from those that a run left and --resume continues."""
+    """(policy, Processor, reference, judge, LoRA), None where not used: as named, prepared (the toy's), or kept by the
+    run that --resume continues."""
     names = {"start": config.model, "reward_model": config.reward_model, "adapter": config.adapter}
     kept, judge, adapters, reference = Path(config.out, "checkpoint"), None, None, None
     if config.resume:
@@ -817,7 +768,6 @@ def load_models(config):
         policy, reference = shard(policy.float(), dtype), reference and shard(reference, dtype)
     return policy, processor, reference, judge, adapters
 
-
 def configure(argv=None):
     """The Config of a command line; a wrong value ends in one line and exit status 2."""
     parser = data.Parser(Config, prog="sophia_min.py", usage="python sophia_min.py [--flag value ...]",
@@ -836,8 +786,7 @@ def configure(argv=None):
         (config.rm_prompt and not Path(config.rm_prompt).is_file(), f"--rm_prompt {config.rm_prompt}: no such file"),
         (config.model == "toy" and config.toy_pixels != 56, "--toy_pixels: the toy model reads 56, a token a cell"),
         (config.data not in data.TOY_SETS and config.reward_model in TRAINED_HERE and not config.eval_only,
-         f"--reward_model {config.reward_model} learns from the toy world's oracle; with other --data choose none, a "
-         "folder or an id"),
+         f"--reward_model {config.reward_model} learns from the toy's oracle; for other --data name a folder or an id"),
         (not before and Path(config.out, "config.json").exists(), f"{config.out} holds a run already: go on with "
          f"--resume {config.out}, or choose another --out"),
         (before and Path(config.out).resolve() != Path(before["out"]).resolve(), "--out: a resumed run stays there"),
@@ -847,7 +796,6 @@ def configure(argv=None):
         if wrong:
             parser.error(why)
     return config
-
 
 # ---------------------------------------------------------------- the run
 
@@ -910,10 +858,8 @@ def train(config, examples, held_out, about):
     print(f"{data.table(results)}\nLook at {out / 'report.html'}; the trained model is {out / 'model'}" + (
           f", rounded; the adapter itself, {out / 'adapter'}, is exact" if adapters else ""))
 
-
 def main(argv=None):
-    """The command line. Exit status 2 for rows or flags that can't be used, 130 after a second Ctrl-C, 1 for any other
-    end before the last step."""
+    """The command line. Exit status 2 for rows or flags that can't be used, 130 after a second Ctrl-C, else 1."""
     with redirect_stdout(open(os.devnull, "w")) if RANK else nullcontext():
         config = configure(argv)
         try:
@@ -936,7 +882,6 @@ def main(argv=None):
         finally:
             if distributed.is_initialized():
                 distributed.destroy_process_group()
-
 
 if __name__ == "__main__":
     from sophia_min import main  # so that the module exists once, also for reward_model
