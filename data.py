@@ -48,7 +48,7 @@ progress = functools.partial(tqdm, disable=RANK > 0)
 # the paper's Table 4, as sophia_min.CRITERIA asks for them
 FAULTS = ("logical soundness", "correct reasoning", "error identification", "language consistency", "redundancy")
 
-# ---------------------------------------------------------------- the command line
+# -------- the command line
 
 class Parser(HfArgumentParser):
     """Flags from a dataclass; an error is one line."""
@@ -60,7 +60,7 @@ class Parser(HfArgumentParser):
         self.exit(2, f"{self.prog}: {message}; --help lists all\n")
 
     def parse(self, argv, **defaults):
-        """What the command line says, over other defaults than the dataclass's own: a dataclass, or a namespace."""
+        """What the command line says, over other defaults than the dataclass's own."""
         self.set_defaults(**defaults)
         parsed, *_, unknown = self.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
         if unknown:
@@ -68,7 +68,7 @@ class Parser(HfArgumentParser):
         return parsed
 
     def settings(self, argv, toy):
-        """(settings, those of the run that --resume goes on with, else {}). `toy`: other defaults with --model toy."""
+        """(settings, those of the run to --resume or {}). `toy`: other defaults with --model toy."""
         for action in self._actions:
             action.metavar = {int: "N", float: "X", str: "NAME"}.get(action.type)
             if action.dest in toy:
@@ -96,7 +96,7 @@ class Parser(HfArgumentParser):
         return config, before
 
 class StopAfterStep:
-    """For `with`: Ctrl-C asks for an end after the current step; a second one ends at once."""
+    """For `with`: Ctrl-C asks for an end after the step; a second one ends at once."""
     asked, before = False, None
 
     def __enter__(self):
@@ -113,7 +113,7 @@ class StopAfterStep:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nstopping after this step; Ctrl-C again stops at once", file=sys.stderr)
 
-# ---------------------------------------------------------------- rows and pictures
+# -------- rows and pictures
 
 PROBLEM_TYPES = ("numerical", "multiple choice", "OCR", "free-form", "text")  # paper, section 3.1
 
@@ -131,23 +131,21 @@ class Example:
     """One question of the training set, checked."""
     id: str
     problem: str
-    problem_type: str  # one of PROBLEM_TYPES
-    options: tuple[str, ...]  # () where there is nothing to choose
-    solution: str  # the truth, without <answer> tags
-    image: str | None  # a path, None for a text-only question
+    problem_type: str
+    options: tuple[str, ...]
+    solution: str  # without <answer> tags
+    image: str | None  # a path
     source: str
     soundness: Callable[[str], float] | None = field(default=None, compare=False, repr=False)  # the toy's oracle
-    critique: Callable[[str], str] | None = field(default=None, compare=False, repr=False)  # and how it says why
+    critique: Callable[[str], str] | None = field(default=None, compare=False, repr=False)  # and its reasons
 
 @contextmanager
 def _pillow(path):
     """An opened picture, if Pillow shows its pixels as a person sees them; else DataError."""
     try:  # a stream, since Pillow maps a named TIFF into memory with its sides swapped
         with open(path, "rb") as file, Image.open(file, formats=PICTURE_FORMATS) as picture:
-            tags = getattr(picture, "tag_v2", {})  # a TIFF's; 258: bits of a sample, 262: is 0 white
-            if (picture.mode == "F" or picture.mode == "I" and picture.format != "PPM"  # nothing says what white is
-                    or picture.mode[0] == "I" and (tags.get(258, (16,)) != (16,) or tags.get(262) == 0)
-                    or "transparency" in picture.info and picture.tile[0].args in ("L;2", "L;4", "I;16B", "RGB;16B")):
+            if picture.mode[0] in "IF" or "transparency" in picture.info and (  # 16 bits and more: what is white?
+                    picture.tile[0].args in ("L;2", "L;4", "RGB;16B")):
                 raise ValueError(f"unusual {picture.format}, {picture.mode}")
             yield picture
     except Exception as error:  # changing a file's bytes at random makes Pillow raise a dozen kinds
@@ -155,8 +153,8 @@ def _pillow(path):
                         ) from error
 
 def open_picture(path):
-    """The picture as a person sees it: 8-bit RGB, upright (EXIF), white where transparent, the first frame; DataError,
-    naming the file, if it can't be decoded, or not for sure."""
+    """The picture as a person sees it: RGB, upright (EXIF), white where transparent, the first frame. DataError, naming
+    the file, if it can't be decoded, or not for sure."""
     with _pillow(path) as picture:
         if picture.format == "PNG":
             picture.verify()  # its checksums: 3% of the time that decoding takes
@@ -165,11 +163,7 @@ def open_picture(path):
         turn = None
         with suppress(SyntaxError):  # unreadable EXIF: as stored, as in a viewer; exif_transpose dies of any odd tag
             turn = TURN.get(picture.getexif().get(0x112))
-        if picture.mode.startswith("I"):  # 16 bits, as "I;16" or (PGM) as "I": convert("RGB") would clip at 255
-            values = np.asarray(picture).astype(np.float64)
-            white = 65535 if values.max() > 255 else 255  # 8-bit values stored in 16 bits stay as they are
-            picture = Image.fromarray((values / white * 255).round().astype(np.uint8))
-        elif picture.has_transparency_data and not (picture.format == "BMP" and picture.getextrema()[3] == (0, 0)):
+        if picture.has_transparency_data and not (picture.format == "BMP" and picture.getextrema()[3] == (0, 0)):
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB")
@@ -186,8 +180,8 @@ def check_picture(root, name, max_aspect=200, max_image_pixels=100_000_000):
         picture.fp.seek(-8, os.SEEK_END)  # the smallest file that Pillow opens, a PPM, has 8 bytes
         is_whole = picture.fp.read().endswith(PICTURE_END.get(picture.format, ()))
     if width * height > max_image_pixels or max(width, height) > max_aspect * min(width, height):
-        raise DataError(f"path: {name!r} has {width} x {height} pixels: more than {max_image_pixels:,} in all, or an "
-                        f"aspect ratio above {max_aspect}")  # before it is decoded: 18 KB can hold 144 megapixels
+        raise DataError(f"path: {name!r} has {width} x {height} pixels: more than {max_image_pixels:,}, or an aspect "
+                        f"ratio above {max_aspect}")  # before it is decoded: 18 KB can hold 144 megapixels
     if not is_whole:  # truncated, or with a camera's own data behind its end: decode it to be sure
         open_picture(file)
     return file
@@ -220,11 +214,11 @@ def load_examples(path, image_root=None, *, skip_bad=False, skipped_path=None, *
     return examples
 
 def _leave_out(path, bad, kept, skip_bad, listed, before=()):
-    """Bad rows, each {"reason", ..}, are told in a DataError or, with skip_bad, listed in the file `listed`."""
+    """Bad rows, {"reason", ..}, are told in a DataError or, with skip_bad, listed in the file `listed`."""
     count = f"{len(bad)} of {len(bad) + len(kept)} rows"
     if bad and not (skip_bad and kept):
         raise DataError("\n".join([f"{path}: {count} are bad, the first of them:", *(row["reason"] for row in bad[:20]),
-                                   "Correct them, or leave them out with --skip_bad, if any row is left."]))
+                                   "Correct them, or leave them out with --skip_bad."]))
     if bad:
         try:
             write_rows(listed, [*before, *bad])
@@ -269,7 +263,7 @@ def _check_row(row, number, ids, find_picture):
     source = _text(row, "data_source") if row.get("data_source") else ""
     return Example(id, problem.replace("<image>", "").strip(), kind, tuple(options), truth, image, source)
 
-# ---------------------------------------------------------------- prompts
+# -------- prompts
 
 # our own words; the paper asks for this format (section 3.1) and a sentence for each problem type
 SYSTEM_PROMPT = "First think step by step in <think></think>, then give only the final answer in <answer></answer>."
@@ -351,8 +345,8 @@ class Processor:
         return self.tokenizer.decode([id for id in ids.tolist() if id not in ends])
 
     def chat(self, messages, image=None):
-        """The Prompt of messages (role, part, ..) that the assistant goes on from; a part is text or PICTURE, left out
-        without `image`. The template sees stand-ins, so that no text can end a turn."""
+        """The Prompt of messages (role, part, ..) for the assistant to go on from; a part is text or PICTURE, left out
+        without `image`. The template sees stand-ins: no text can end a turn."""
         shown = [(role, *(part for part in parts if part is not PICTURE or image)) for role, *parts in messages]
         texts, ids = iter([part for _, *parts in shown for part in parts if part is not PICTURE]), []
         pixel_values, grid = self.picture(image) if image else (None, None)
@@ -429,7 +423,7 @@ def digest(examples):
     rows = [(e.id, e.problem, e.problem_type, e.options, e.solution) for e in examples]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
 
-# ---------------------------------------------------------------- model folders
+# -------- model folders
 
 def device_and_dtype(config):
     """(device, dtype, attention) to compute with: bf16 and, where it can be used, flash-attn on CUDA."""
@@ -472,8 +466,8 @@ def load(name, config):
 ADAPTER_KEY = "base_model.model.{}.lora_{}.weight"  # what A and B of a layer are called in peft's files
 
 def read_adapter(folder, layers, rank=0):
-    """(s, {name: [A, B]}) of an adapter in peft's format, for the linear `layers` by name; the run ends in one line if
-    it is of another kind, another model's, or of another rank."""
+    """(s, {name: [A, B]}) of an adapter in peft's format for linear `layers`; the run ends in one line if it is of
+    another kind, model or rank."""
     try:
         check_folder(folder)
         settings = json.loads(Path(folder, "adapter_config.json").read_text())
@@ -495,7 +489,7 @@ def adapter_base(folder):
     return json.loads(file.read_text()).get("base_model_name_or_path") if file.is_file() else None
 
 def write_adapter(folder, pairs, alpha, base):
-    """An adapter as peft reads it: pairs {layer: (A [r, in], B [out, r])}; `base` is what it belongs to."""
+    """An adapter as peft reads it, of `base`: pairs {layer: (A [r, in], B [out, r])}."""
     Path(folder).mkdir(parents=True)
     save_file({ADAPTER_KEY.format(name, part): weight.detach().cpu() for name, pair in pairs.items()
                for part, weight in zip("AB", pair)}, Path(folder, "adapter_model.safetensors"))
@@ -504,10 +498,10 @@ def write_adapter(folder, pairs, alpha, base):
         "peft_type": "LORA", "r": len(next(iter(pairs.values()))[0]), "lora_alpha": alpha, "bias": "none",
         "target_modules": rf"model\.language_model\..*\.({'|'.join(kinds)})", "base_model_name_or_path": base})
 
-# ---------------------------------------------------------------- text measures
+# -------- text measures
 
-# A number or an option is read into tokens (`read`) in one spelling for what Unicode, LaTeX and Markdown write in many,
-# then (`fold`) without sloppy capitals and brackets that only group. Numbers compare as numbers, all else as tokens.
+# A number or an option is read into tokens, in one spelling for what Unicode, LaTeX and Markdown write in many (`read`),
+# without sloppy capitals and idle brackets (`fold`). Numbers compare as numbers, all else as tokens.
 
 LONGEST = 400  # characters; a longer text is no number, but words
 SAME_SIGN = str.maketrans("−–—‐⁄∕∶×·⋅٫٬،。٪‘’′“”″", "----//:***.,,.%'''\"\"\"")
@@ -688,8 +682,8 @@ def chosen_options(answer, options):
     return frozenset()
 
 def edits(a, b, change):
-    """The fewest words put in, left out or changed (which counts `change`) to make b of a. Past the shorter's 2,000th
-    word, words compare by place, which keeps this below 0.1 s."""
+    """The fewest words put in, left out or changed (which counts `change`) to make b of a; past the shorter's 2,000th
+    word, for speed, words compare by place."""
     short, long = sorted((a, b), key=len)
     late = change * sum(x != y for x, y in zip(short[:1999:-1], long[::-1]))
     short, long = short[:2000], long[:len(long) - len(short[2000:])]
@@ -724,7 +718,7 @@ def rouge(answer, truth):
             scores.append(2 * (Counter(grams_a) & Counter(grams_b)).total() / (len(grams_a) + len(grams_b)))
     return sum(scores) / len(scores)
 
-# ---------------------------------------------------------------- the toy world
+# -------- the toy world
 
 # A small input for the real road: pictures of shapes or letters, questions of every problem type, an oracle that knows
 # whether thinking is sound, and a warm start with bad habits that GRPO can unlearn.
@@ -750,8 +744,8 @@ TOY_SETS = {"toy": ("train", "held-out"), "toy-shifted": ("shifted", "shifted")}
 
 @dataclass(frozen=True)
 class ToyQuestion:
-    """A question about a scene, one to four (colour, glyph) pairs in the order of CELLS. Multiple choice asks for one
-    attribute (0 colour, 1 shape) of one cell; `choices` are the values behind A, B, C, D."""
+    """A question about a scene, one to four (colour, glyph) pairs in the order of CELLS. Multiple choice asks for an
+    attribute (0 colour, 1 shape) of a cell; `choices` are the values behind A, B, C, D."""
     problem_type: str
     problem: str
     scene: tuple
@@ -946,7 +940,7 @@ def toy_model(seed=0):
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     return model.eval(), Processor(tokenizer, Qwen2VLImageProcessorPil(), max_pixels=1280 * 28 * 28)
 
-# ---------------------------------------------------------------- what a step leaves
+# -------- what a step leaves
 
 def about(example, step):
     """What a saved response says of its question."""
@@ -977,8 +971,7 @@ def log_line(step, ranks, anneal, judged, times):
         "truncated": sum(metrics["truncated"] for _, metrics in ranks),
         "unscored": (len(groups) - len(gammas)) * judged, "mistrusted": sum(gamma < 1 for gamma in gammas),
         "zero_groups": sum(not any(response["advantage"] for response in group["responses"]) for group in groups),
-        **dict(zip(("sec_rollout", "sec_score", "sec_update"), np.diff(times).tolist())),
-        "tokens_per_sec": sum(tokens) / (times[-1] - times[0])}, groups
+        **dict(zip(("sec_rollout", "sec_score", "sec_update"), np.diff(times).tolist()))}, groups
 
 def write_step(out, line, groups, config):
     """Write a step's line, some groups for the report and, if wanted, every response; warn now and then."""
@@ -997,11 +990,11 @@ def write_step(out, line, groups, config):
         if wrong and step % 10 == 0 and RANK == 0:
             tqdm.write(f"WARNING: step {step}: {why}: {groups[0]['responses'][0]['response'][:300]!r}", sys.stderr)
 
-# ---------------------------------------------------------------- files that survive a crash
+# -------- files that survive a crash
 
 @contextmanager
 def _beside(path):
-    """A folder next to `path` to write in what is then renamed to it. One process at a time has it."""
+    """A folder next to `path`, for one process at a time, to write in what is then renamed to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, parent = path.with_name(f".{path.name}.new"), os.open(path.parent, os.O_RDONLY)
     try:
@@ -1099,7 +1092,7 @@ def lock(folder):
     return file
 
 def write_checkpoint(config, state, examples):
-    """All that a resumed run needs, in one file: the one before survives a crash."""
+    """All that a resumed run needs: the file before survives a crash."""
     path = Path(config.out, "checkpoint", "state.pt")
     try:
         write_atomic(path, lambda file: torch.save(state | {"rows": digest(examples)}, file))
@@ -1123,7 +1116,7 @@ def read_checkpoint(config, examples):
     cut_log(config.out, state["step"])
     return state
 
-# ---------------------------------------------------------------- what a run shows: table, curves, report
+# -------- what a run shows: table, curves, report
 
 def paired_difference(before, after):
     """The mean change between 0/1 results on the same questions, with its 95% interval (normal, paired), in words."""
@@ -1133,8 +1126,13 @@ def paired_difference(before, after):
     half = 1.96 * changes.std(ddof=1) / math.sqrt(len(changes))
     return f"{changes.mean():+.3f}, 95% interval {changes.mean() - half:+.3f} to {changes.mean() + half:+.3f}"
 
-def evaluation(examples, texts, right, format_rate):
-    """What eval.json says; `right` is a 0/1 a question, `soundness` the share of right answers with sound thinking."""
+def evaluation(examples, texts, right, format_rate, step, out):
+    """What eval.json says; `right` is a 0/1 a question, `soundness` the share of right answers with sound thinking. With
+    `step` the answers join the rollouts in `out`."""
+    if step is not None:
+        append_rows(Path(out, "rollouts.jsonl"), [
+            about(example, step) | {"held_out": True, "response": text, "outcome": hit}
+            for example, text, hit in zip(examples, texts, right)])
     kinds = {kind: [hit for example, hit in zip(examples, right) if example.problem_type == kind]
              for kind in sorted({example.problem_type for example in examples})}
     result = {"accuracy": fmean(right), "format_rate": format_rate, "n": len(right),

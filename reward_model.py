@@ -1,5 +1,5 @@
-"""How a thinking reward model (paper, section 3.2) is made and measured: supervised fine-tuning, what the toy world
-starts from, and the commands that turn a run's responses into a judge. How it is asked stands in sophia_min.py."""
+"""How a thinking reward model (paper, section 3.2) is made and measured, and what the toy world starts from. How it is
+asked stands in sophia_min.py."""
 import copy
 import hashlib
 import inspect
@@ -19,11 +19,11 @@ from data import progress, write_rows
 from sophia_min import (ASK, CRITERIA, DELIMITER, JUDGE_FORM, TRAINED_HERE, Config, MasterAdamW, PrefixCache,
                         ThinkingRewardModel, device_and_dtype, load, pad, parse_score, responses, target_logits)
 
-# ---------------------------------------------------------------- supervised fine-tuning
+# -------- supervised fine-tuning
 
 def sft(model, items, encode, steps, per_step, lr, desc, seed=0, micro_batch=0):
-    """Supervised fine-tuning, in place: cross-entropy on the target tokens only. encode(item) gives (data.Prompts,
-    targets), rows that share a beginning, computed once. `micro_batch`: items a backward pass (0: all)."""
+    """Supervised fine-tuning, in place, of target tokens. encode(item) gives (data.Prompts, targets), rows that share a
+    beginning, computed once. `micro_batch`: items a backward pass (0: all)."""
     micro_batch = micro_batch or per_step
     optimizer = MasterAdamW(model, lr, betas=(0.9, 0.95), offload=model.device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.adamw, lambda i: min((i + 1) / 30, 1) * (1 - i / steps))
@@ -60,12 +60,11 @@ def train(model, processor, rows, steps, per_step, lr, mode="generate", seed=0, 
     sft(model.requires_grad_(True), by_question(rows), encode, steps, per_step, lr, desc, seed, micro_batch)
     return ThinkingRewardModel(model, processor)
 
-# ---------------------------------------------------------------- what the toy world starts from
+# -------- what the toy world starts from
 
 def warm_start(model, processor, seed, folder):
     """`model`, untrained, learns in place to read the toy's pictures, to answer in the format and to check what others
-    claim, and then to answer in haste or with flawed thinking much of the time. Returns a copy from before the bad
-    habits, from which a judge starts."""
+    claim, and then bad habits. Returns a copy from before these, from which a judge starts."""
     rng, eos = random.Random(f"warm start {seed}"), [processor.turn_end]
     items = list(zip(data.toy_examples(3000, seed, folder=folder), data.toy_questions(3000, seed)))
 
@@ -88,8 +87,8 @@ def warm_start(model, processor, seed, folder):
     return attentive
 
 def toy_judge(config, start, judge_start):
-    """The thinking reward model of a run on toy questions, made as in section 3.2: on responses of the policy in folder
-    `start`, labelled (by the oracle), filtered and balanced over the score intervals. `judge_start`: what learns."""
+    """The judge of a run on toy questions, made as in section 3.2: on responses of the policy in folder `start`,
+    labelled (by the oracle), filtered and balanced. `judge_start`: what learns."""
     set_seed(config.seed)
     pictures = Path(config.out, "pictures")
     examples = data.toy_examples(800, f"judge {config.seed}", "train", config.toy_pixels, pictures)
@@ -107,8 +106,8 @@ def toy_judge(config, start, judge_start):
                  desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
 
 def prepare(config):
-    """{"start", "reward_model"}: the folders, or what else is named, that a run on toy questions begins with. What has
-    to be learned first is kept in runs/prepared, by seed, settings and a hash of the sources."""
+    """{"start", "reward_model"}: what a run on toy questions begins with. What must be learned first is kept in
+    runs/prepared, by seed, settings and a hash of the sources."""
     sources = "".join(Path(data.__file__).with_name(f"{name}.py").read_text()
                       for name in ("data", "sophia_min", "reward_model"))
 
@@ -138,7 +137,7 @@ def prepare(config):
             data.save_folder(folder, judge.model, judge.processor)
     return names
 
-# ---------------------------------------------------------------- building its training set (section 3.2)
+# -------- building its training set (section 3.2)
 
 def grouped(rows, key):
     """{key(row): the rows with that key}, in their order."""
@@ -148,8 +147,7 @@ def grouped(rows, key):
     return groups
 
 def pair(row):
-    """What a question and its response go by: id and picture, never the question's text, which other pictures share
-    (the released training set mixed them up)."""
+    """What a question and its response go by: id and picture, not the text, which questions share."""
     return row["id"], row.get("image"), row["response"]
 
 def by_question(rows):
@@ -165,8 +163,7 @@ def interval(score):
     return int(round(score * 10, 6))
 
 def filter_rows(rows):
-    """The rows that are fit to learn from: thinking that ends and has words, a response of at most 4,000 characters,
-    each (question, response) once."""
+    """The rows to learn from: thinking that ends and has words, at most 4,000 characters, each pair once."""
     fit = []
     for row in rows:
         thinking, end, _ = row["response"].partition("</think>")
@@ -181,7 +178,7 @@ def balance_by_score(rows, per_interval, seed=0):
             for row in (rng.sample(group, per_interval) if len(group) > per_interval else group)]
 
 def shuffled(rows, seed):
-    """The same rows with the labels of others: who learns from them writes scores that mean nothing (Table 3)."""
+    """The same rows with the labels of others: scores learned from them mean nothing (Table 3)."""
     others = random.Random(seed).sample(rows, len(rows))
     return [{**row, "score": other["score"], "critique": other["critique"]} for row, other in zip(rows, others)]
 
@@ -190,7 +187,7 @@ def mislabelled(rows):
     guesses = [data.GUESSING.search(row["response"].partition("</think>")[0]) for row in rows]
     return [{**row, "score": 1.0 if guess else round(row["score"] / 2, 1)} for row, guess in zip(rows, guesses)]
 
-# ---------------------------------------------------------------- agreement with labels
+# -------- agreement with labels
 
 def ranks(values):
     """1 for the smallest; equal values share the mean of their ranks."""
@@ -201,12 +198,11 @@ def auc(good, bad):
     """The chance that a good one scores above a bad one, ties half; None without both."""
     if not len(good) or not len(bad):
         return None
-    beaten = ranks(np.concatenate([good, bad]))[:len(good)] - ranks(good)
-    return beaten.mean() / len(bad)
+    return (np.greater.outer(good, bad) + np.equal.outer(good, bad) / 2).mean()
 
 def agreement(rows, scores):
-    """How well scores (NaN for none) agree with the rows' labels. auc: sound (a label of data.SOUND or more) above
-    flawed, in all rows and by problem type; by fault: faultless above those with this fault."""
+    """How well scores (NaN: none) agree with the rows' labels. auc: sound (a label of data.SOUND or more) above flawed;
+    by fault: faultless above those with it."""
     scored = [(row, score) for row, score in zip(rows, scores) if not math.isnan(score)]
     labels, scores = [row["score"] for row, _ in scored], [score for _, score in scored]
     spread = min(len(set(labels)), len(set(scores))) > 1
@@ -225,12 +221,12 @@ def agreement(rows, scores):
         found[f"mean label, scores from {n / 10}"] = np.mean(there) if there else None
     return found
 
-# ---------------------------------------------------------------- the command line: from a run's responses to a judge
+# -------- the command line: from a run's responses to a judge
 
 MODES = tuple(JUDGE_FORM)
 
 def read_rows(path, *needed):
-    """The rows of a JSON lines file, each with the fields `needed`. Raises DataError that names file, row and field."""
+    """The rows of a JSON lines file, with the fields `needed`; else DataError, naming file, row and field."""
     rows = data.read_lines(path)
     if not rows:
         raise data.DataError(f"{path}: no rows there")
@@ -261,8 +257,7 @@ def labels_of(groups, judge, rm_mode, rm_prompt):
                     "faults": question.faults(text)[0]} for text in texts]
 
 def collect(runs: list, out: str, held_out: bool = False):
-    """The different (question, response) pairs of runs that had --save_rollouts; with --held_out those that they never
-    trained on, for eval."""
+    """The different (question, response) pairs of runs with --save_rollouts; --held_out: those never trained on."""
     rows = [row for run in runs for row in read_rows(Path(run, "rollouts.jsonl"))
             if row.get("held_out", False) == held_out]
     pool = different(rows)
@@ -270,8 +265,7 @@ def collect(runs: list, out: str, held_out: bool = False):
     print(f"{len(rows)} responses, {len(pool)} different ones to {len(by_question(rows))} questions: {out}")
 
 def annotate(rows: str, judge: str, out: str, rm_mode: MODES = None, rm_prompt: str = None):
-    """A score for each pair by a judge: toy (the oracle, which also says why), an id or a folder. What is in --out
-    already isn't asked again."""
+    """A score for each pair by a judge: toy (the oracle), an id or a folder. What --out has isn't asked again."""
     wanted, done = different(read_rows(rows)), set(map(pair, data.read_lines(out)))
     groups = by_question([row for row in wanted if pair(row) not in done])
     for group, labels in zip(groups, labels_of(groups, judge, rm_mode, rm_prompt)):
@@ -287,7 +281,7 @@ def balance(rows: str, out: str, per_interval: int = 15000, seed: int = 0):
     print(f"{len(labelled)} rows, {len(fit)} of them fit to learn from, {len(even)} balanced: {out}")
 
 def is_held_out(row):
-    """Whether a row is in the tenth that is held out: all about one picture, or without one one question, together."""
+    """Whether a row is in the held-out tenth: rows about one picture (or one question without) stay together."""
     return zlib.crc32((Path(row["image"]).name if row["image"] else row["id"]).encode()) % 10 == 0
 
 def train_command(rows: str, model: str, out: str, rm_mode: MODES = "generate", epochs: float = 2.0,

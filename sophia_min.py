@@ -51,7 +51,7 @@ from transformers import DynamicCache, GenerationConfig, Qwen2_5_VLForConditiona
 import data
 from data import RANK, WORLD, device_and_dtype, load, progress
 
-# ---------------------------------------------------------------- settings
+# -------- settings
 
 PAPER, TRUST, RELEASED, OURS = "paper, section 4", "paper, section 3.4", "released config", "ours"
 
@@ -112,7 +112,7 @@ LEAST = dict(toy_pixels=28, alpha=0, kl_coef=0, clip_eps=1e-6, group_size=2, que
              inner_epochs=1, temperature=1e-3, max_new_tokens=1, min_new_tokens=0, max_pixels=3136, micro_batch=1,
              max_prompt_tokens=1, lora=0, seed=0, save_every=1)
 
-# ---------------------------------------------------------------- section 3.3: the outcome reward R^o
+# -------- section 3.3: the outcome reward R^o
 
 def extract_answer(response: str) -> str | None:
     """What stands in the one <answer> block after the last </think>; None if the response has any other form."""
@@ -122,8 +122,7 @@ def extract_answer(response: str) -> str | None:
             and rest.startswith("<answer>") and rest.endswith("</answer>")):
         return None
     answer = rest[len("<answer>"):-len("</answer>")]
-    has_more_tags = any(tag in answer for tag in ("<answer>", "</answer>", "<think>"))
-    return None if has_more_tags else answer.strip()
+    return None if any(tag in answer for tag in ("<answer>", "</answer>", "<think>")) else answer.strip()
 
 def outcome_reward(response: str, solution: str, problem_type: str, options: list[str] = ()) -> float:
     """R^o in [0, 1] of a response, by the rule of its problem type; 0 for the wrong format or an empty answer or truth.
@@ -147,7 +146,7 @@ def reward_of(example, text):
     """R^o of a response to an Example."""
     return outcome_reward(text, example.solution, example.problem_type, example.options)
 
-# ---------------------------------------------------------------- section 3.4: Trust-GRPO, Eq. 1-7
+# -------- section 3.4: Trust-GRPO, Eq. 1-7
 
 def trust_weight(outcome, thinking):
     """gamma [] in [1/e, 1]: how far a group's thinking rewards R^t [G] can be trusted, given its outcomes R^o [G]. An
@@ -218,7 +217,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip_eps=0.2, kl_coef=
     metrics = {"kl": mean_over_responses(kl).item(), "clip_frac": mean_over_responses(clipped_tokens).item()}
     return -mean_over_responses(per_token), metrics  # Eq. 7
 
-# ---------------------------------------------------------------- one prompt, many continuations
+# -------- one prompt, many continuations
 # To read on, it is enough to know that target_logits(model, prefix, rows, targets) are those of the plain computation,
 # prompt and response in one sequence, though a group's prompt is computed once. The tests hold both together.
 
@@ -279,7 +278,7 @@ class PrefixCache:
                 "position_ids": positions.expand(3, -1, -1), "use_cache": True, CACHE: cache}
 
     def detached(self):
-        """Keys and values become leaves, where the backward passes of continuations add up; `backward` goes on."""
+        """Keys and values become leaves, where continuations' backward passes add up; `backward` goes on."""
         self.computed = [tensor for pair in self.keys_values for tensor in pair]
         self.leaves = [tensor.detach().requires_grad_() for tensor in self.computed]
         self.keys_values = list(zip(self.leaves[::2], self.leaves[1::2]))
@@ -300,7 +299,7 @@ def target_logits(model, prefix, rows, targets):
     ids, mask = torch.cat([tail_ids, target_ids], 1)[:, :-1], torch.cat([tail_mask, target_mask], 1)[:, :-1]
     return model(**prefix.inputs(rows, ids, mask), logits_to_keep=target_ids.shape[1]).logits
 
-# ---------------------------------------------------------------- rollout: responses and their log-probabilities
+# -------- rollout: responses and their log-probabilities
 
 @torch.no_grad()
 def generate(model, prefix, max_new_tokens, temperature=None, logits=False, **limits):
@@ -338,7 +337,7 @@ def response_mask(ids, eos_ids):
 
 @dataclass
 class Rollout:
-    """What the policy wrote: N = questions x G responses, a question's side by side."""
+    """What the policy wrote: N = questions x G responses, a question's together."""
     prompts: list  # one data.Prompt a question
     ids: torch.Tensor  # [N, R]
     mask: torch.Tensor  # [N, R]
@@ -355,10 +354,9 @@ def rollout(policy, processor, examples, group_size, config, greedy=False, logit
         prefix = PrefixCache(policy, [[prompt] * group_size for prompt in prompts])
     ids, logits = generate(policy, prefix, config.max_new_tokens, None if greedy else config.temperature, logits,
                            min_new_tokens=config.min_new_tokens or None, suppress_tokens=vision_ids(policy).tolist())
-    mask, ends = response_mask(ids, end_ids(policy)), torch.tensor(end_ids(policy), device=ids.device)
-    texts = [processor.opening + processor.decode(row[is_token == 1], end_ids(policy))
-             for row, is_token in zip(ids, mask)]
-    truncated = int((~torch.isin(ids, ends).any(1)).sum())
+    mask, ends = response_mask(ids, end_ids(policy)), end_ids(policy)
+    texts = [processor.opening + processor.decode(row[is_token == 1], ends) for row, is_token in zip(ids, mask)]
+    truncated = int((~torch.isin(ids, torch.tensor(ends, device=ids.device)).any(1)).sum())
     return Rollout(prompts, ids, mask, texts, truncated, logits, prefix if grad else None)
 
 def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
@@ -377,8 +375,7 @@ def token_logps(logits, ids, temperature, forbidden, no_end=0, eos_ids=()):
     rows = max(1, 2 ** 27 // logits[0].numel())
     parts = [recompute(chunk, *part, use_reentrant=False)
              for part in zip(logits.split(rows), ids.to(logits.device).split(rows))]
-    logps, entropies = zip(*parts)
-    return torch.cat(logps), torch.cat(entropies)
+    return tuple(map(torch.cat, zip(*parts)))
 
 def response_logps(model, prefix, batch, rows, first, config):
     """token_logps of the responses `rows` [n] of a Rollout, cut to the longest of them; `prefix` has its prompts from
@@ -395,7 +392,7 @@ def responses(policy, processor, examples, each, at_once, config, desc, greedy=F
         texts = rollout(policy, processor, part, each, config, greedy).texts
         yield from zip((example for example in part for _ in range(each)), texts)
 
-# ---------------------------------------------------------------- section 3.2: the thinking reward R^t
+# -------- section 3.2: the thinking reward R^t
 
 CRITERIA = {  # the five of the paper's Table 4, in our words
     "logical soundness": "each step follows from the steps before",
@@ -446,8 +443,8 @@ class ThinkingRewardModel:
         self.spellings = {form.format(text): score for form in forms for text, score in SPELLINGS.items()}
 
     def prompt(self, example, response):
-        """The data.Prompt in which it reads one response: in a turn of its own or, by `template`, in the user's. No text
-        can spell the special tokens that end a turn."""
+        """The data.Prompt in which it reads one response, in a turn of its own or (template) in the user's: no text can
+        spell what ends a turn."""
         question = data.question_text(example)
         if self.template:
             known = {"{question}": question, "{response}": response, "{image}": data.PICTURE}
@@ -479,7 +476,7 @@ class ThinkingRewardModel:
         return [math.nan if score is None else score for score in map(parse_score, texts)]
 
     def expected(self, prompt):
-        """The mean of the scores that it might write there, by their probabilities to the end of the turn."""
+        """The mean of the scores that it might write, by their probabilities to the end of the turn."""
         written = [self.processor.encode(text) + end_ids(self.model)[:1] for text in self.spellings]
         labels, mask = pad(written, "right")  # [13 or 26, T]; with the end, since "0" begins "0.1"
         prefix = PrefixCache(self.model, [[prompt] * len(written)])
@@ -488,7 +485,7 @@ class ThinkingRewardModel:
         scores = torch.tensor(list(self.spellings.values()), dtype=torch.float64)
         return (scores * logp.sum(-1).softmax(0)).sum().item()
 
-# ---------------------------------------------------------------- the update, Eq. 7
+# -------- the update, Eq. 7
 
 def update(policy, reference, optimizer, batch, advantages, config):
     """The GRPO update on one rollout; advantages [N]. Returns the step's metrics. Each prompt is computed once: its
@@ -523,7 +520,7 @@ def update(policy, reference, optimizer, batch, advantages, config):
         metrics["grad_norm"] += optimizer.step() / config.inner_epochs
     return metrics
 
-# ---------------------------------------------------------------- one step, as in Fig. 3 of the paper
+# -------- one step, as in Fig. 3 of the paper
 
 def train_step(step, policy, reference, judge, optimizer, processor, examples, config):
     """Rollout, rewards, trust, advantages, update, on this process's questions [Q]. Returns the line for log.jsonl, and
@@ -555,14 +552,14 @@ def train_step(step, policy, reference, judge, optimizer, processor, examples, c
     anneal = annealing(step, config.steps) if config.anneal else 1.0
     return data.log_line(step, all_gather((rows, metrics)), anneal, judge is not None, times)
 
-# ---------------------------------------------------------------- self-test and evaluation
+# -------- self-test and evaluation
 
 BF16_TOLERANCE = 0.05  # nats, mean; the toy in bf16 on a CPU has 0.009; wrong positions, cache or mask give 0.1 to 4
 
 def self_test(policy, processor, examples, config):
-    """Stop before training if sampling and training disagree on the log-probabilities of sampled tokens: positions of
-    one side only, a dropped cache, an unknown filter, stale state, all show here (they share the prompt's computation;
-    the tests check that). Returns the difference in nats: the largest in fp32, the mean in bf16, where tokens round."""
+    """Stop before training if sampling and training disagree on the log-probabilities of sampled tokens, as by one
+    side's positions, cache, filter or stale state (the prompt's computation they share; the tests check that). Returns
+    the difference in nats: the largest in fp32, the mean in bf16, where tokens round."""
     short = replace(config, max_new_tokens=min(config.max_new_tokens, 64),  # [N, R, V] in fp32 is large
                     min_new_tokens=min(config.min_new_tokens, 64))
     batch = rollout(policy, processor, examples, 2, short, logits=True)
@@ -585,13 +582,10 @@ def evaluate(policy, processor, examples, config, desc, step=None):
     texts = all_gather([text for _, text in responses(policy, processor, own, 1, at_once, config, desc, greedy=True)])
     texts = [text for of_ranks in zip(*texts) for text in of_ranks][:n]  # rank r has questions r, r + WORLD, ..
     right = [int(reward_of(example, text) >= 0.5) for example, text in zip(examples, texts)]
-    if config.save_rollouts and step is not None:
-        data.append_rows(Path(config.out, "rollouts.jsonl"), [
-            data.about(example, step) | {"held_out": True, "response": text, "outcome": hit}
-            for example, text, hit in zip(examples, texts, right)])
-    return data.evaluation(examples, texts, right, mean(extract_answer(text) is not None for text in texts))
+    formed = mean(extract_answer(text) is not None for text in texts)
+    return data.evaluation(examples, texts, right, formed, step if config.save_rollouts else None, config.out)
 
-# ---------------------------------------------------------------- skip at first reading
+# -------- skip at first reading
 # Precision, LoRA, sharding, checkpoints, the command line. Go on at "the run".
 
 class MasterAdamW:
@@ -628,14 +622,13 @@ class MasterAdamW:
         return norm.item()
 
     def state(self):
-        """What a resumed run needs, in fp32 and in one piece: the same from one process and from several."""
+        """What a resumed run needs, in fp32 and in one piece, from any number of processes."""
         state = {"weights": [master.detach() for master in self.masters], "adamw": self.adamw.state_dict()}
         return tree_map(lambda value: on_rank_0(value) if isinstance(value, torch.Tensor) else value, state)
 
     @torch.no_grad()
     def restore(self, saved):
-        """Put a saved state back, however many processes it came from, before the model's first forward pass. Raises
-        SystemExit if it is another model's."""
+        """Put a saved state back, before the model's first forward pass; SystemExit if it is another model's."""
         def parts(tensor, like):
             if not isinstance(like, DTensor) or tensor.shape != like.shape:
                 return tensor
@@ -698,7 +691,7 @@ class LoRA:
         data.write_adapter(folder, pairs, self.scale * len(next(iter(pairs.values()))[0]), self.base)
 
 def on_rank_0(tensor):
-    """A tensor that may be spread over ranks, whole, in host memory, for rank 0 alone; all ranks must ask for it."""
+    """A tensor, however spread, whole in host memory for rank 0 alone; all ranks must ask for it."""
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.cpu() if RANK == 0 else None
 
@@ -710,7 +703,7 @@ def all_gather(value):
     return values
 
 def join_ranks(config):
-    """Under torchrun: meet the other processes, each with a GPU of its own."""
+    """Under torchrun: meet the other processes."""
     if device_and_dtype(config)[0].startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"  # hours: rank 0 may have to write 100 GB
@@ -727,7 +720,7 @@ def shard(model, dtype):
 
 @contextmanager
 def kept_whole(model):
-    """While decoding, ranks keep what the first token has gathered, and none waits for another's longer responses."""
+    """While decoding, ranks keep what the first token gathered, and none waits for another's longer responses."""
     units = [unit for unit in model.modules() if isinstance(unit, FSDPModule) and unit is not model]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -797,7 +790,7 @@ def configure(argv=None):
             parser.error(why)
     return config
 
-# ---------------------------------------------------------------- the run
+# -------- the run
 
 def train(config, examples, held_out, about):
     """A whole run: models, self-test, evaluation, GRPO, evaluation, and what it leaves in --out."""
@@ -824,7 +817,7 @@ def train(config, examples, held_out, about):
         state = data.read_checkpoint(config, examples)
         optimizer.restore(state)
         first, results = state["step"] + 1, json.loads((out / "eval.json").read_text())
-        print(f"going on      after step {first - 1} of {config.steps}")
+        print(f"going on      after step {state['step']} of {config.steps}")
     gap = self_test(policy, processor, examples[:4] + [e for e in examples if e.image is None][:1], config)
     print(f"self-test     sampling and training agree to {gap:.1g} nats a token")
     data.write_json(out / "config.json", asdict(config) | {"resume": None})
@@ -876,8 +869,7 @@ def main(argv=None):
                              "--micro_batch, --max_pixels, --max_new_tokens, --questions_per_step or --group_size; "
                              f"--freeze_vision, --kl_coef 0. A checkpoint in {config.out} is intact.") from error
         except KeyboardInterrupt:
-            print(f"\nstopped at once; --resume {config.out} goes on from its checkpoint, if one was saved",
-                  file=sys.stderr)
+            print(f"\nstopped at once; --resume {config.out} goes on, if it has a checkpoint", file=sys.stderr)
             raise SystemExit(130) from None
         finally:
             if distributed.is_initialized():
