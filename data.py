@@ -41,7 +41,7 @@ from transformers import (AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import cached_file, is_flash_attn_2_available
 
-# One process, or several under torchrun: each computes its share, and rank 0 alone writes and shows.
+# Under torchrun each process computes its share; rank 0 alone writes and shows.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 progress = functools.partial(tqdm, disable=RANK > 0)
 
@@ -265,7 +265,7 @@ def _check_row(row, number, ids, find_picture):
 
 # -------- prompts
 
-# our own words; the paper asks for this format (section 3.1) and a sentence for each problem type
+# in our words; the paper asks for this format (section 3.1) and a sentence a problem type
 SYSTEM_PROMPT = "First think step by step in <think></think>, then give only the final answer in <answer></answer>."
 ANSWER_FORM = {
     "numerical": "Answer with one number.",
@@ -314,7 +314,7 @@ class Processor:
         parts = "".join(pieces).split(STAND_IN)
         end = self.special.match(parts[-1])
         if len(parts) != 4 or "<|image_pad|>" not in pieces or not end:
-            raise ValueError("its chat template doesn't show a system message, a picture and the end of a turn")
+            raise ValueError("it doesn't show a system message, a picture or the end of a turn")
         self.turn_end = tokenizer.convert_tokens_to_ids(end[0])
         self.opening = "<think>" * parts[-1].rstrip().endswith("<think>")  # a tag that the template has written
 
@@ -395,7 +395,7 @@ def check_lengths(examples, processor, config):
     return kept
 
 def load_sets(config):
-    """(training Examples, held-out Examples, one line that says which) of a run."""
+    """(training Examples, held-out Examples, a line on them) of a run."""
     if config.data in TOY_SETS:
         lock(config.out).close()  # makes the folder, or says that it can't
         train, held_out = TOY_SETS[config.data]
@@ -413,7 +413,7 @@ def load_sets(config):
     return shuffled[held_out:], shuffled[:held_out], f"{len(examples)} rows of {config.data}; held out: {held_out}"
 
 def questions_of(step, n, per_step, seed):
-    """Which questions step 1, 2, .. takes: every pass over the data has a new order, known by its number."""
+    """Which questions step 1, 2, .. takes: each pass over the data has its own order."""
     places = range((step - 1) * per_step, step * per_step)
     orders = {epoch: random.Random(f"{seed} {epoch}").sample(range(n), n) for epoch in {i // n for i in places}}
     return [orders[i // n][i % n] for i in places]
@@ -731,7 +731,7 @@ PANELS = ("white", "#dcdcdc", "#ffe8d0", "#d8ecff")  # their backgrounds
 SPANISH = {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "is": "es"}
 ENGLISH = {spanish: english for english, spanish in SPANISH.items()}
 GUESSING = re.compile(r"\b(guess|usually|probably|perhaps|maybe|assum|no need to look)", re.I)
-SOUND = 0.7  # thinking that scores less has a flaw of fact, of logic or of support, not of style alone
+SOUND = 0.7  # less has a flaw of fact, logic or support, not of style alone
 FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lucky": wrong thinking, correct answer
 PROBLEMS = {"numerical": ("How many shapes are there?",), "OCR": ("Read the letters.",),
             "free-form": ("Describe the picture.", "What do you see?"),
@@ -793,7 +793,7 @@ class ToyQuestion:
         return dict(zip(FAULTS, counts)), " ".join(words)
 
     def critique(self, response):
-        """The text in `faults`."""
+        """Of `faults`, the text."""
         return self.faults(response)[1]
 
     def soundness(self, response):
@@ -890,9 +890,9 @@ def toy_examples(n, seed, part="train", size=56, folder=None):
     return examples
 
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
+{% for part in message.content %}\
 {% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
-{% endfor %}{% endif %}<|im_end|>
+{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""  # Qwen's layout
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -1031,7 +1031,7 @@ def write_rows(path, rows):
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 def append_rows(path, rows):
-    """Append JSON lines; they are on the disk when this returns. A half line left by a crash is closed first."""
+    """Append JSON lines, to the disk. A half line left by a crash is closed first."""
     if RANK > 0:
         return
     with open(path, "a+b") as file:
@@ -1050,7 +1050,7 @@ def read_lines(path):
     return lines
 
 def cut_log(out, step):
-    """Cut what a run left down to the steps up to `step`: those after it come again."""
+    """Cut what a run left to the steps up to `step`: later ones come again."""
     for path in (Path(out, name) for name in ("log.jsonl", "groups.jsonl", "rollouts.jsonl")):
         if path.exists():
             write_rows(path, (line for line in read_lines(path)
@@ -1070,11 +1070,11 @@ def save_folder(folder, model, processor, weights=None):
         os.replace(new, folder)
 
 def check_folder(folder):
-    """OSError if files of a model folder differ from what its SHA256SUMS says, if it has such."""
+    """OSError if files of a folder differ from its SHA256SUMS, if it has such."""
     sums = Path(folder, "SHA256SUMS")
     listed = re.findall(r"(?m)^([0-9a-f]{64})  (.+)$", sums.read_text() if sums.exists() else "")
     if damaged := [name for digest, name in listed if _sha256(Path(folder, name)) != digest]:
-        raise OSError(f"{', '.join(damaged)} changed since it was saved (SHA256SUMS); restore it from a copy.")
+        raise OSError(f"{', '.join(damaged)} changed since it was saved (SHA256SUMS); restore it.")
 
 def _sha256(path):
     with open(path, "rb") as file:
@@ -1101,7 +1101,7 @@ def write_checkpoint(config, state, examples):
                          f"the one before with --resume {config.out}") from error
 
 def read_checkpoint(config, examples):
-    """A saved state; the log is cut to it. torch reads flipped bits in silence, but its zip format has checksums."""
+    """A saved state; the log is cut to it. torch reads flipped bits, but its zip format has checksums."""
     path = Path(config.out, "checkpoint", "state.pt")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -1119,7 +1119,7 @@ def read_checkpoint(config, examples):
 # -------- what a run shows: table, curves, report
 
 def paired_difference(before, after):
-    """The mean change between 0/1 results on the same questions, with its 95% interval (normal, paired), in words."""
+    """The mean change of 0/1 results on the same questions, with its 95% interval (normal, paired)."""
     changes = np.subtract(after, before)
     if len(changes) < 30:
         return f"{changes.mean():+.3f}, too few questions for an interval"
@@ -1143,7 +1143,7 @@ def evaluation(examples, texts, right, format_rate, step, out):
     return result | {"right": right}
 
 def columns(results, notes={}):
-    """Numbers (or None) side by side as text: results[column][row]; notes[row] stands behind a row."""
+    """Numbers (or None) side by side: results[column][row], and notes[row] behind."""
     width = max(10, *(len(name) + 2 for name in results))
     lines = [" " * 34 + "".join(f"{name:>{width}}" for name in results)]
     for row in next(iter(results.values())):
@@ -1153,7 +1153,7 @@ def columns(results, notes={}):
     return "\n".join(lines)
 
 def table(results):
-    """Evaluations side by side as text; `results` maps a column's name to what `evaluate` returned."""
+    """Evaluations side by side: {name: what `evaluate` returned}."""
     shares = {}
     for name, result in results.items():
         parts = {"right answers": result, **{f"  {kind}": part for kind, part in result["by_type"].items()}}
@@ -1176,7 +1176,7 @@ def thumbnail(path):
 CURVES = ("accuracy", "outcome", "thinking", "gamma", "anneal", "kl", "length", "grad_norm", "format_rate")
 
 def curves(log, half):
-    """A PNG, as base64: each of CURVES by step, and its mean over so many steps to either side."""
+    """A PNG, as base64: CURVES by step, and their means over `half` steps to either side."""
     from matplotlib.figure import Figure  # here: nothing else needs it
     figure, file = Figure(figsize=(12, 9), layout="constrained"), io.BytesIO()
     for i, name in enumerate(CURVES, 1):

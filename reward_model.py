@@ -92,7 +92,7 @@ def toy_judge(config, start, judge_start):
     set_seed(config.seed)
     pictures = Path(config.out, "pictures")
     examples = data.toy_examples(800, f"judge {config.seed}", "train", config.toy_pixels, pictures)
-    desc = "reward model 1/2: responses of the policy to learn from"
+    desc = "reward model 1/2: responses to learn from"
     rows = [{"id": example.id, "example": example, "response": text, "score": example.soundness(text),
              "critique": example.critique(text)}
             for example, text in responses(*load(start, config), examples, 4, 50, config, desc)]
@@ -172,7 +172,7 @@ def filter_rows(rows):
     return different(fit)
 
 def balance_by_score(rows, per_interval, seed=0):
-    """At most `per_interval` rows of each score interval, drawn without replacement; the same for the same seed."""
+    """At most `per_interval` rows of each score interval, without replacement; the same for the same seed."""
     rng, by_interval = random.Random(seed), grouped(rows, lambda row: interval(row["score"]))
     return [row for _, group in sorted(by_interval.items())
             for row in (rng.sample(group, per_interval) if len(group) > per_interval else group)]
@@ -183,7 +183,7 @@ def shuffled(rows, seed):
     return [{**row, "score": other["score"], "critique": other["critique"]} for row, other in zip(rows, others)]
 
 def mislabelled(rows):
-    """The same rows with labels that praise a flaw: 1.0 for thinking that guesses, else half of its score."""
+    """The same rows with labels that praise haste: 1.0 for thinking that guesses, else half."""
     guesses = [data.GUESSING.search(row["response"].partition("</think>")[0]) for row in rows]
     return [{**row, "score": 1.0 if guess else round(row["score"] / 2, 1)} for row, guess in zip(rows, guesses)]
 

@@ -11,7 +11,7 @@ rewards become advantages in the group (Eq. 6) of a clipped update that stays ne
 
 Departures from the paper:
 - OCR: exp(-WER), as released: -WER is never >= 0.5, so Eq. 1 would never call a reading right.
-- The wrong format earns R^o = 0 (the authors say so, the paper doesn't), and is judged all the same.
+- The wrong format earns R^o = 0 (as the authors say elsewhere), and is judged all the same.
 - Eq. 1-2 with nobody right or nobody wrong: gamma = 1. A score that the judge didn't give drops the group's thinking
   term, and is counted. Eq. 6: unbiased std + 1e-6, as released, and exact zeros where all rewards are equal.
 - Eq. 7: one ratio a token, as released (paper: a response); the mean over a response's tokens, then over responses
@@ -193,7 +193,7 @@ def group_advantages(rewards):
     return (rewards - rewards.mean()) / (rewards.std() + 1e-6)  # Eq. 6
 
 def kl_k3(logp, ref_logp):
-    """An estimate of KL(pi_theta || pi_ref) a token, never negative: k3 of Schulman, "Approximating KL divergence"."""
+    """KL(pi_theta || pi_ref) a token, never negative: k3 of Schulman, "Approximating KL divergence"."""
     log_ratio = ref_logp - logp
     return log_ratio.exp() - log_ratio - 1
 
