@@ -314,7 +314,7 @@ class Processor:
         parts = "".join(pieces).split(STAND_IN)
         end = self.special.match(parts[-1])
         if len(parts) != 4 or "<|image_pad|>" not in pieces or not end:
-            raise ValueError("it doesn't show a system message, a picture or the end of a turn")
+            raise ValueError("its chat template doesn't show a system message, a picture or a turn's end")
         self.turn_end = tokenizer.convert_tokens_to_ids(end[0])
         self.opening = "<think>" * parts[-1].rstrip().endswith("<think>")  # a tag that the template has written
 
@@ -974,7 +974,7 @@ def log_line(step, ranks, anneal, judged, times):
         **dict(zip(("sec_rollout", "sec_score", "sec_update"), np.diff(times).tolist()))}, groups
 
 def write_step(out, line, groups, config):
-    """Write a step's line, some groups for the report and, if wanted, every response; warn now and then."""
+    """Write a step's line, some groups for the report and, if wanted, all responses; warn."""
     step = line["step"]
     append_rows(out / "log.jsonl", [line])
     if config.save_rollouts:
@@ -1009,7 +1009,7 @@ def _beside(path):
         os.close(parent)
 
 def write_atomic(path, content):
-    """Write bytes, text (as UTF-8), or what content(file) writes: a crash leaves the old file or the new one."""
+    """Write bytes, text, or what content(file) writes: a crash leaves the old file or the new."""
     if RANK > 0:
         return
     with _beside(Path(path)) as folder:
@@ -1081,7 +1081,7 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 def lock(folder):
-    """A lock on a run's folder, made if need be, until this file is closed, or the process ends."""
+    """A lock on a run's folder, made if need be, until this file is closed."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder, f".lock{RANK or ''}"), "w")
