@@ -3072,8 +3072,7 @@ MILLIONS = (dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, nu
 
 
 def one_question(folder, shape, side, tokens, dtype=torch.float32, device="cpu"):
-    """What `train_step` wants for eight responses of one length to a picture of noise: policy, reference, Processor,
-    Example, Config."""
+    """(policy, reference, Processor, Example, Config) for eight responses of one length to a picture of noise."""
     policy, processor = shaped_model(*shape, dtype, device)
     noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "x.png")
@@ -3148,7 +3147,6 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
     trainer = trl_trainer(policy, processor, prompt, tokens, tmp_path / "trl")
     rows = [trainer.train_dataset[0]] * 8
 
-    # the same gradients on the responses that TRL has sampled
     trainer.model.train()
     inputs, kept = trainer._prepare_inputs(rows), GradientsOnly(policy)
     trainer._compute_loss(trainer.model, inputs).backward()
@@ -3196,8 +3194,7 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
         not torch.cuda.is_available(), reason="needs a CUDA device")]),
     pytest.param((dict(num_hidden_layers=2), dict(depth=1, fullatt_block_indexes=[0])), "cpu", 112, 12, id="small")])
 def test_two_steps_on_one_device(tmp_path, monkeypatch, shape, device, side, tokens):
-    """What only a GPU can show, python -m pytest -q -m gpu -s: two steps in bf16, eight responses, with a reference and
-    a judge of the same shape. In a small shape it runs on a CPU."""
+    """In bf16, with a judge of the same shape. On a GPU: python -m pytest -q -m gpu -s; in a small shape on a CPU."""
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
     policy, reference, processor, example, config = one_question(tmp_path, shape, side, tokens, torch.bfloat16, device)
     judge = sophia_min.ThinkingRewardModel(copy.deepcopy(reference), processor)
