@@ -2995,37 +2995,31 @@ ARMS = {"full": "", "GRPO": "--reward_model none", "untrained judge": "--reward_
 STUDY = Path("runs", "study")  # what is there already isn't done again
 
 
-def study_arm(folder, seed, flags):
-    """Train, then evaluate on kinds of questions that training never asks: commands as a user gives them."""
-    run, shifted = folder / "run", folder / "shifted"
-    train = [*flags.split(), "--out", run]
-    look = ["--model", run / "model", "--data", "toy-shifted", "--eval_only", "--toy_pixels", 56,
-            "--max_new_tokens", 80, "--out", shifted]
-    for flags, out, last in ((train, run, "report.html"), (look, shifted, "eval.json")):
-        if not (out / last).exists():
-            shutil.rmtree(out, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, sophia_min.__file__, "--seed", seed, *flags]
-            with open(folder / "output.txt", "a") as output:
-                subprocess.run(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, check=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 MEASURED = "right", "sound", "shifted: right", "shifted: sound", "gamma"
 
 
-def study_numbers(folder):
-    """What an arm came to, on new scenes and on shifted questions, and the mean gamma on the way there."""
-    after, shifted = (json.loads((folder / part / "eval.json").read_text())[when]
-                      for part, when in (("run", "after"), ("shifted", "before")))
-    gammas = [line["gamma"] for line in data.read_lines(folder / "run" / "log.jsonl") if line["gamma"] is not None]
-    return [*(found[name] for found in (after, shifted) for name in ("accuracy", "soundness")),
+def study_arm(seed, arm):
+    """MEASURED of a run by a user's commands: on new scenes, on questions never trained on, the mean gamma."""
+    folder = STUDY.absolute() / str(seed) / arm.replace(" ", "_")
+    run, shifted = folder / "run", folder / "shifted"
+    look = f"--model {run / 'model'} --data toy-shifted --eval_only --toy_pixels 56 --max_new_tokens 80"
+    for flags, last in ((ARMS[arm], run / "report.html"), (look, shifted / "eval.json")):
+        if not last.exists():
+            shutil.rmtree(last.parent, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "output.txt", "a") as output:
+                subprocess.run([sys.executable, sophia_min.__file__, "--seed", str(seed), *flags.split(), "--out",
+                                last.parent], stdout=output, stderr=output, check=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = json.loads((run / "eval.json").read_text()) | json.loads((shifted / "eval.json").read_text())
+    gammas = [line["gamma"] for line in data.read_lines(run / "log.jsonl") if line["gamma"] is not None]
+    return [*(found[when][name] for when in ("after", "before") for name in ("accuracy", "soundness")),
             statistics.fmean(gammas) if gammas else NAN]
 
 
 def study_report(runs):
-    """A table from runs[arm] = the study_numbers of each seed: the means with their 95% intervals (Student's t), then
-    `full` against each arm in pairs by seed."""
+    """A table from runs[arm] = MEASURED of each seed: the means with their 95% intervals (Student's t), then `full`
+    against each arm in pairs by seed."""
     arms = {arm: np.array(numbers) for arm, numbers in runs.items()}
     arms |= {f"full minus {arm}": arms["full"] - numbers for arm, numbers in arms.items() if arm != "full"}
     lines = [" " * 34 + "".join(f"{name:>17}" for name in MEASURED)]
@@ -3037,16 +3031,14 @@ def study_report(runs):
 
 @pytest.mark.study
 def test_the_arms_of_table_3():
-    """Two arms side by side; a seed's first one prepares what the others start from. No claim is asserted: a null is a
-    result."""
-    seeds = range(100, 105)
-    folders = {(arm, seed): STUDY.absolute() / str(seed) / arm.replace(" ", "_") for seed in seeds for arm in ARMS}
-    for first in (True, False):
-        jobs = [(folder, seed, ARMS[arm]) for (arm, seed), folder in folders.items() if (arm == "full") == first]
+    """A seed's first arm prepares what the others start from. No claim is asserted: a null is a result."""
+    runs = {arm: [] for arm in ARMS}
+    for arms in (["full"], [arm for arm in ARMS if arm != "full"]):
+        jobs = list(itertools.product(range(100, 105), arms))
         with ThreadPoolExecutor(2) as pool:
-            for n, _ in enumerate(pool.map(lambda job: study_arm(*job), jobs), 1):
-                print(f"{n} of {len(jobs)} runs", flush=True)
-    runs = {arm: [study_numbers(folders[arm, seed]) for seed in seeds] for arm in ARMS}
+            for (seed, arm), numbers in zip(jobs, pool.map(study_arm, *zip(*jobs))):
+                runs[arm].append(numbers)
+                print(f"{arm}, seed {seed}: {numbers}", flush=True)
     print(f"\n{study_report(runs)}")
 
 
@@ -3059,8 +3051,6 @@ def test_the_studys_arithmetic():
     assert shown[2].split()[-2:] == ["nan", "+-nan"] and max(map(len, shown)) <= 120
     for flags in ARMS.values():
         sophia_min.configure(flags.split())
-    assert sophia_min.configure(["--model", "m", "--data", "d", "--reward_model", "base"]).reward_model == "m"
-    assert sophia_min.configure(["--reward_model", "base"]).reward_model == "base"
 
 
 # ---------------------------------------------------------------- the benchmark: pip install trl; pytest -m bench -s
