@@ -2484,10 +2484,6 @@ batch = sophia_min.Rollout([processor.question(examples[q]) for q in own],
                            *sophia_min.pad(ids, "right"), [], 0)
 advantages = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
-def prefix_of(model, *more):
-    with torch.no_grad():
-        return sophia_min.PrefixCache(model, [[prompt] for prompt in (*batch.prompts, *more)])
-
 if world > 1:
     for each in (model, reference):
         sophia_min.shard(each, torch.float32)
@@ -2531,18 +2527,17 @@ if world > 1:  # in bf16 the same as one process: FSDP must not round what enter
     for weight in alone.parameters():
         weight.data = weight.data.bfloat16()
     sophia_min.shard(spread, torch.bfloat16)
-    alone, spread = (prefix_of(each, data.blank_picture(alone.config)).keys_values for each in (alone, spread))
+    groups = [[prompt] for prompt in (*batch.prompts, data.blank_picture(alone.config))]
+    alone, spread = (sophia_min.PrefixCache(each, groups).keys_values for each in (alone, spread))
     assert alone[0][0].dtype == torch.bfloat16
     torch.testing.assert_close(alone, spread, rtol=0, atol=0)
     data.StopAfterStep.asked, sophia_min.join_ranks = rank == 1, lambda config: None  # one's Ctrl-C; they have met
     sophia_min.main(sys.argv[2:])
 """
 FAILING_RANK = """
-import sys, sophia_min
-def train_step(*args):
-    raise FloatingPointError("rank 1 has a bad day")
+import math, sys, sophia_min
 if sophia_min.RANK == 1:
-    sophia_min.train_step = train_step
+    sophia_min.reward_of = lambda *args: math.inf
 sophia_min.main(sys.argv[1:])
 """
 
@@ -2553,10 +2548,9 @@ def processes(tmp_path):
     def run(n, script, *arguments):
         (tmp_path / "script.py").write_text(script)
         together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] * (n > 1)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(sophia_min.__file__).parent)}
         process = subprocess.Popen([sys.executable, *together, tmp_path / "script.py", *arguments], text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
-                                       **os.environ, "OMP_NUM_THREADS": "1",
-                                       "PYTHONPATH": str(Path(sophia_min.__file__).parent)})
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
         try:
             out, error = process.communicate(timeout=200)
         finally:
@@ -2595,7 +2589,7 @@ def test_two_processes_are_one(flags, processes, folders, tmp_path):
 
 def test_a_failing_process_ends_all(flags, processes, tmp_path):
     ended = processes(2, FAILING_RANK, *flags("out", "--questions_per_step", 2))
-    assert ended.returncode != 0 and ended.stderr.count("step 1: rank 1 has a bad day") == 1
+    assert ended.returncode != 0 and ended.stderr.count("step 1: a reward is not finite") == 1
     assert not (tmp_path / "out" / "checkpoint" / "state.pt").exists()
 
 
@@ -2620,8 +2614,7 @@ def kept_bytes(model, run):
 
 
 def text_bytes(model, rows, tokens, past=0):
-    """What the language model keeps of [rows, tokens] behind `past` others: real passes through one and two of its
-    layers, which are all alike; on "meta" they cost nothing."""
+    """What the language model keeps of [rows, tokens] behind `past` others, by passes through one and two layers."""
     text, like = model.config.text_config, dict(dtype=model.dtype, device=model.device)
     language_model, dim, kept = model.model.language_model, text.hidden_size // text.num_attention_heads, []
     layers = language_model.layers
@@ -2671,10 +2664,11 @@ def memory(config, policy, judge=None, a_patch=0):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_memory_by_part_is_that_of_the_tensors(road, road_examples, rank):
     """The table's arithmetic against what a model, its optimizer after a step, a cache and an update really hold."""
-    model, config = copy.deepcopy(road[0]), sophia_min.configure([
-        "--group_size", "2", "--questions_per_step", "2", "--lora", str(rank), "--micro_batch", "2", "--max_pixels",
-        "12544", "--offload_optimizer", str(rank == 0).lower()])
-    reference = sophia_min.LoRA(model, rank, "") if rank else copy.deepcopy(model)
+    flags = (f"--group_size 2 --questions_per_step 2 --micro_batch 2 --max_pixels 12544 --lora {rank} "
+             f"--offload_optimizer {str(rank == 0).lower()}")
+    model, config = copy.deepcopy(road[0]), road_config(*flags.split())
+    if rank:
+        sophia_min.LoRA(model, rank, "")
     prompt, vision = road[1].question(road_examples["pictures"][1]), model.config.vision_config.to_dict()
     kept, prefix = kept_bytes(model, lambda: sophia_min.PrefixCache(model, [[prompt] * 2]))
     text = text_bytes(model, 1, len(prompt.ids)) + 64 * (0 if rank else vision_bytes(vision, model.dtype))
@@ -2688,10 +2682,10 @@ def test_memory_by_part_is_that_of_the_tensors(road, road_examples, rank):
     optimizer.step()
     moments = [state[name] for state in optimizer.adamw.state.values() for name in ("exp_avg", "exp_avg_sq")]
     state = sum(tensor.nbytes for tensor in (*optimizer.masters, *moments))
-    found, whole = memory(config, model, road[0]), sum(weight.nbytes for weight in road[0].parameters())
-    ours = sum(weight.nbytes for weight in model.parameters())
-    assert found["weights"] == ours + (0 if rank else sum(w.nbytes for w in reference.parameters()))
-    assert found["judge"] == whole and found["cache"] == cache * 2 * (16 + 2 * (16 + 80))
+    found, ours, whole = memory(config, model, road[0]), *(
+        sum(weight.nbytes for weight in each.parameters()) for each in (model, road[0]))
+    assert found["weights"] == ours + (0 if rank else whole)
+    assert found["judge"] == whole and found["cache"] == cache * 2 * (16 + 2 * (16 + 12))
     assert found["rollout"] == found["weights"] + whole + found["cache"] + (state if rank else 0)
 
 
