@@ -2450,8 +2450,8 @@ def test_an_adapter_is_trained_saved_evaluated_and_trained_on(run, flags, folder
     assert sum(weight.numel() for weight in state) < 20_000 < sum(weight.abs().sum() for weight in state) * 1000
     for name, *more in (["alone", "--model", out / "adapter"], ["merged", "--model", out / "model"],
                         ["both", "--model", out / "checkpoint" / "start", "--adapter", out / "adapter"]):
-        again = json.loads((run(name, *more, "--eval_only") / "eval.json").read_text())
-        assert again["before"] == results["after"]
+        assert json.loads((run(name, *more, "--eval_only") / "eval.json").read_text()) == {"before": results["after"]}
+    assert results["before"]["n"] == 5 and not (out.parent / "both" / "config.json").exists()
     more = run("more", "--model", out / "adapter", "--steps", 1)
     shutil.rmtree(out / "adapter")
     sophia_min.main(["--resume", str(more), "--steps", "2"])
