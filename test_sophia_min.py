@@ -2068,11 +2068,6 @@ def log_of(out):
             for line in data.read_lines(out / "log.jsonl")]
 
 
-def assert_same_run(*outs):
-    assert len({(out / "model" / "model.safetensors").read_bytes() for out in outs}) == 1
-    assert log_of(outs[0]) == log_of(outs[1])
-
-
 def end_of(capsys, argv, status=1):
     """What `main` says as it ends with this exit status."""
     with pytest.raises(SystemExit) as stop:
@@ -2082,27 +2077,21 @@ def end_of(capsys, argv, status=1):
     return stop.value.code if said else capsys.readouterr().err.strip()
 
 
-def test_folders_and_rows_run_end_to_end(run, folders, real_rows, capsys):
-    """What the run leaves can be evaluated; its judge and its start are kept beside the checkpoint."""
-    out = run("out", "--reward_model", folders / "judge", "--questions_per_step", 2, "--max_new_tokens", 24)
-    shown, result = capsys.readouterr().out, json.loads((out / "eval.json").read_text())
-    assert all(word in shown for word in ("5 rows", "float32, sdpa", "right answers", "self-test"))
+def test_folders_and_rows_run_end_to_end(run, folders, capsys):
+    """The run's judge and its start are kept beside the checkpoint."""
+    out, shown = run("out", "--reward_model", folders / "judge", "--questions_per_step", 2), capsys.readouterr().out
+    assert all(word in shown for word in ("5 rows", "float32, sdpa", "right answers", "self-test", "multiple choice"))
     assert all(line["unscored"] == 0 and line["thinking"] > 0 for line in log_of(out))
     for made, given in (("start", "model"), ("reward_model", "judge")):
         one, other, trained = (Path(folder, "model.safetensors").read_bytes() for folder in (
             out / "checkpoint" / made, folders / given, out / "model"))
         assert one == other != trained
-    sophia_min.main(["--model", str(out / "model"), "--data", str(real_rows), "--eval_only", "--max_new_tokens", "24",
-                     "--max_pixels", "3136", "--out", str(out / "eval")])
-    assert json.loads((out / "eval" / "eval.json").read_text()) == {"before": result["after"]}
-    assert result["before"]["n"] == 5 and "multiple choice" in capsys.readouterr().out
-    assert not (out / "eval" / "config.json").exists()
 
 
-def test_held_out_responses_are_saved_apart_and_once(run, monkeypatch):
+def test_held_out_responses_are_saved_apart_and_once(run, monkeypatch, real_rows):
     """Also by a finished run that is asked to go on."""
-    load_sets = data.load_sets
-    monkeypatch.setattr(data, "load_sets", lambda config: (load_sets(config)[0][:3], load_sets(config)[0][3:], "x"))
+    rows = data.load_examples(real_rows)
+    monkeypatch.setattr(data, "load_sets", lambda config: (rows[:3], rows[3:], "x"))
     out = run("out", "--steps", 2, "--save_rollouts")
     sophia_min.main(["--resume", str(out)])
     rows = [(row["step"], "held_out" in row) for row in data.read_lines(out / "rollouts.jsonl")]
@@ -2111,8 +2100,7 @@ def test_held_out_responses_are_saved_apart_and_once(run, monkeypatch):
 
 @pytest.mark.parametrize("lora", [0, 3])
 def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypatch, lora):
-    """The second part in a new process that gets nothing but the folder, after a kill in the middle of step 13. That
-    the parts save their responses changes nothing."""
+    """The second part in a new process, after a kill in step 13; that it saves its responses changes nothing."""
     parts, plain = tmp_path / "parts", sophia_min.train_step
     more = ["--steps", 25, "--save_every", 10, "--lora", lora]
     monkeypatch.setattr(sophia_min, "train_step", lambda step, *more: (
@@ -2129,7 +2117,9 @@ def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypa
     assert [group["step"] for group in data.read_lines(parts / "groups.jsonl")] == [1, 12, 25]
     assert [(row["step"], "held_out" in row) for row in data.read_lines(parts / "rollouts.jsonl")] == [
         (step, False) for step in range(1, 26) for _ in range(3)]  # evaluation uses the training rows
-    assert_same_run(run("whole", *more), parts)
+    whole = run("whole", *more)
+    assert log_of(whole) == log_of(parts)
+    assert len({(out / "model" / "model.safetensors").read_bytes() for out in (whole, parts)}) == 1
 
 
 @pytest.mark.parametrize("times, status, said, kept", [
@@ -2182,9 +2172,7 @@ def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
 
     def warm_start(model, processor, seed, folder):
         made.append(seed)
-        attentive = copy.deepcopy(model)
-        attentive.lm_head.weight.data += 1
-        return attentive
+        return moved(copy.deepcopy(model), 0, 0.1)
 
     def train(model, processor, rows, steps, per_step, lr, mode, *_, **__):
         learned.append((mode, {(row["id"], row["response"]): row["score"] for row in rows}))
@@ -2207,9 +2195,8 @@ def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
     assert misled == {key: 1.0 if "no need" in key[1] else round(score / 2, 1) for key, score in fair.items()}
     assert base.keys() == fair.keys() and base != fair and Counter(base.values()) == Counter(fair.values())
     policy, _, reference, judge, _ = sophia_min.load_models(sophia_min.configure(["--out", "a"]))
-    toy = data.toy_model(0)[0].lm_head.weight
-    assert len(learned) == 5 and all(torch.equal(model.lm_head.weight, toy) for model in (policy, reference))
-    assert torch.equal(judge.model.lm_head.weight, toy + 1)  # it began before the bad habits
+    toy, *loaded = (model.lm_head.weight for model in (data.toy_model(0)[0], policy, reference, judge.model))
+    assert len(learned) == 5 and [torch.equal(toy, weight) for weight in loaded] == [True, True, False]  # no bad habits
     (sources / "reward_model.py").write_text("other")
     reward_model.prepare(sophia_min.configure(["--out", "a"]))
     assert (len(made), len(learned)) == (3, 6)
@@ -2217,7 +2204,7 @@ def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
 
 @pytest.fixture
 def saved(road, real_rows, tmp_path):
-    """save(step) and load() of checkpoints in tmp_path, where one of step 1 stands, and the optimizer that they save."""
+    """save(step) and load() of checkpoints in tmp_path, where one of step 1 stands, and their optimizer."""
     config, examples = dataclasses.replace(road_config(), out=str(tmp_path)), data.load_examples(real_rows)
     optimizer = sophia_min.MasterAdamW(copy.deepcopy(road[0]), 1e-3)
 
@@ -2264,8 +2251,7 @@ def test_killed_or_on_a_full_disk_a_save_leaves_the_checkpoint(saved, monkeypatc
 
 
 def test_a_damaged_checkpoint_is_never_loaded_and_runs_nothing(saved, tmp_path):
-    """Cut, empty, some text, code, or one bit flipped anywhere: refused in one line, or (a bit that is filling) the
-    same state."""
+    """Cut, empty, text, code, or one bit flipped: refused in one line, or (a bit that is filling) the same state."""
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -2326,21 +2312,6 @@ def test_bad_rows_end_the_run_or_are_left_out_and_listed(run, flags, real_rows, 
     assert reason in said and "left out 1 " in capsys.readouterr().out
     assert [reason in row["reason"] for row in data.read_lines(out / "skipped.jsonl")] == [True]
     assert json.loads((out / "eval.json").read_text())["after"]["n"] == 4
-
-
-@pytest.mark.parametrize("text", ["", "<think>", data.respond("x", 2), data.respond("x", 3)])
-def test_groups_that_say_nothing_or_all_the_same(road, road_examples, monkeypatch, text):
-    """Empty or truncated responses, all right, all wrong: a defined step, without a gradient from the advantages."""
-    policy, processor, plain = copy.deepcopy(road[0]), road[1], sophia_min.rollout
-    example = dataclasses.replace(road_examples["pictures"][0], problem_type="numerical", solution="2", options=())
-    ids = [processor.encode(text)[:12] + sophia_min.end_ids(policy)[:text != "<think>"]] * G
-    new, mask = sophia_min.pad(ids, "right")
-    monkeypatch.setattr(sophia_min, "rollout", lambda *args, **more: dataclasses.replace(
-        plain(*args, **more), ids=new, mask=mask, texts=[text] * G))
-    reference, optimizer = copy.deepcopy(policy).requires_grad_(False), sophia_min.MasterAdamW(policy, 1e-3)
-    line, _ = sophia_min.train_step(1, policy, reference, None, optimizer, processor, [example], road_config())
-    assert line["outcome"] == ("2" in text) and line["zero_groups"] == 1 and abs(line["kl"]) < 1e-6
-    assert line["grad_norm"] < 1e-5 and all(value is None or math.isfinite(value) for value in line.values())
 
 
 # ---------------------------------------------------------------- low-rank adapters
