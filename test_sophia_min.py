@@ -1875,11 +1875,10 @@ def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
 
 @pytest.fixture
 def toy_rollouts(tmp_path, monkeypatch):
-    """Responses to 30 toy questions as rows, and in the current folder two runs that left them: some are in both, some
-    twice, and three of the second run's are held out."""
+    """Responses to 30 toy questions as rows, and the two runs that left them, some in both; three are held out."""
     monkeypatch.chdir(tmp_path)
     rng, rows = random.Random(0), []
-    for example, question in zip(*(make(30, "3-1", True) for make in (data.toy_examples, data.toy_questions))):
+    for example, question in zip(*(make(30, "3-1", "held-out") for make in (data.toy_examples, data.toy_questions))):
         rows += [data.about(example, step) | {"response": question.response(rng, question.habit(rng))}
                  for step in range(1, 7)]
     rows.append({**rows[0], "image": rows[-1]["image"]})  # the same id and response with another picture
@@ -1906,16 +1905,16 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
     assert pairs_of(pool) == pairs and data.read_lines("held.jsonl") == toy_rollouts[1]
 
     run("annotate pool.jsonl --judge toy --out labels.jsonl")
-    labelled, questions = data.read_lines("labels.jsonl"), data.toy_questions(30, "3-1", True)
-    asked = [(row, questions[int(row["id"].rpartition("-")[2])], row["response"]) for row in pool]
-    assert labelled == [{**row, "score": question.soundness(text), "critique": question.critique(text),
-                         "faults": dict(question.faults(text)[0])} for row, question, text in asked]
+    labelled, questions = data.read_lines("labels.jsonl"), data.toy_questions(30, "3-1", "held-out")
+    for row, label in zip(pool, labelled, strict=True):
+        question, text = questions[int(row["id"].rpartition("-")[2])], row["response"]
+        assert label == {**row, "score": question.soundness(text), "critique": question.critique(text),
+                         "faults": dict(question.faults(text)[0])}
     reward_model.write_rows("labels.jsonl", labelled[:50])
     with open("labels.jsonl", "a") as file:
         file.write('{"id": "to')  # as a kill leaves it
     assert "(50 had one before)" in run("annotate pool.jsonl --judge toy --out labels.jsonl")
     assert data.read_lines("labels.jsonl") == labelled
-    assert data.toy_question("toy-train-0-1500") == data.toy_questions(1501, 0)[1500]
 
     scores = Counter(row["score"] for row in labelled)
     unfit = [{**labelled[0], "score": min(scores, key=scores.get), "response": text} for text in (
@@ -1973,10 +1972,9 @@ ROWS = "--out x rows.jsonl"
     (f"annotate --judge toy {ROWS}", {"id": "17"}, "17: is no question of the toy world, whose oracle knows no other"),
     (f"annotate --judge nowhere {ROWS}", {}, "nowhere can't be used"),
     (f"annotate --judge full {ROWS}", {}, "CUDA out of memory. Tried to allocate 2.00 GiB."),
-    (f"train --rm_mode reason --model start {ROWS}", {}, "rows.jsonl: row 1 (toy-held-out-3-1-0): critique: is missing"),
+    (f"train --rm_mode reason --model start {ROWS}", {}, "row 1 (toy-held-out-3-1-0): critique: is missing"),
     (f"train --model start {ROWS}", {}, "rows.jsonl: all 2 rows would be held out: add --all_rows, or more rows"),
-    (f"balance {ROWS} --per_intervall 3", {}, "--per_intervall: there is no such option"),
-    (f"eval --judge start --rm_mode guess {ROWS}", {}, "--rm_mode: invalid choice"),
+    (f"balance {ROWS} --per_intervall 3", {}, "unrecognized arguments: --per_intervall 3"),
     ("balance rows.jsonl", {}, "required: --out"), ("", {}, "required: collect|annotate|balance|train|eval")])
 def test_what_a_command_cant_use_ends_it_in_one_line(toy_rollouts, monkeypatch, capsys, command, changes, message):
     """Two rows with `changes`, ... for a field that goes; None: no rows."""
@@ -1993,8 +1991,7 @@ def test_what_a_command_cant_use_ends_it_in_one_line(toy_rollouts, monkeypatch, 
 
 def test_ranks_and_auc_are_those_of_counting():
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        good, bad = rng.integers(0, 5, rng.integers(1, 9)), rng.integers(0, 5, rng.integers(1, 9))
+    for good, bad in [np.split(rng.integers(0, 5, n), [rng.integers(1, n)]) for n in range(2, 30)]:
         wins = [(a > b) + (a == b) / 2 for a in good for b in bad]
         assert reward_model.auc(good, bad) == pytest.approx(sum(wins) / len(wins))
         assert reward_model.ranks(good).tolist() == [sum(good < b) + (sum(good == b) + 1) / 2 for b in good]
