@@ -1229,7 +1229,7 @@ def road_config(*more):
 
 
 def moved(model, seed, by):
-    """The model with noise on each weight, so that none stays at its initial 0 or 1."""
+    """The model with noise on each weight."""
     rng = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         weight.data += torch.randn(weight.shape, generator=rng) * by
@@ -1253,8 +1253,7 @@ def shaped_model(text, vision, dtype=torch.float32, device="cpu"):
 
 @pytest.fixture(scope="session")
 def road():
-    """(policy, Processor), the untrained toy: no test may change its weights. With a third of its vocabulary as ends of
-    a response, so that responses differ in length."""
+    """(policy, Processor), an untrained toy that no test may change; many tokens are ends, so that lengths differ."""
     model, processor = data.toy_model(1)
     model.generation_config.eos_token_id = [model.generation_config.eos_token_id, *range(300, 460)]
     return moved(model, 101, 0.03), processor
@@ -1347,8 +1346,7 @@ def plain_generate(model, prompts, max_new_tokens=12, temperature=None, **settin
 
 def until_end(model, ids):
     """Token ids up to the first end, it included."""
-    ends = [i for i, token in enumerate(ids) if token in model.generation_config.eos_token_id]
-    return ids[:ends[0] + 1] if ends else ids
+    return ids[:next((i for i, id in enumerate(ids, 1) if id in model.generation_config.eos_token_id), len(ids))]
 
 
 def plain_logits(model, prompt, response):
@@ -1380,8 +1378,7 @@ class GradientsOnly(sophia_min.MasterAdamW):
 
 
 def plain_gradients(policy, reference, batch, advantages, config):
-    """(metrics, gradients by name in the last inner epoch) of `update`, one response after the other; moves the policy,
-    too. The loss itself, Eq. 7, is held against the paper above."""
+    """(metrics, gradients by name in the last inner epoch) of `update`, by one response at a time; moves the policy."""
     metrics, old, optimizer = Counter(grad_norm=0.0), {}, GradientsOnly(policy, config.lr)
     for _ in range(config.inner_epochs):
         for n, ids in enumerate(batch.ids.tolist()):
@@ -1412,8 +1409,7 @@ def advantages_of(batch):
 
 
 def counted(model):
-    """Counts from here on what goes through a model: pictures, rows with an empty cache (prompts), rows that continue
-    one."""
+    """Counts what goes through a model from here on: pictures, rows with an empty cache, rows that continue one."""
     found = Counter()
 
     def vision(module, args, kwargs):
@@ -1474,11 +1470,10 @@ def test_a_template_without_a_place_for_something_is_refused(judge_of, text):
 
 
 @pytest.mark.parametrize("which, template, computed", [
-    ("toy", None, 6), ("other", None, 6), ("toy", PICTURE_FIRST, 6), ("other", PICTURE_LAST, 3 * G + 3)])
+    ("other", None, 6), ("toy", PICTURE_FIRST, 6), ("other", PICTURE_LAST, 3 * G + 3)])
 @torch.no_grad()
 def test_rows_that_begin_alike_share_it(judge_of, road_examples, which, template, computed):
-    """Logits and greedy continuations are those of each row alone, though a group's common beginning is computed once;
-    where a picture comes behind what differs, each row is by itself."""
+    """Logits and greedy continuations are those of each row alone; behind what differs a picture can't be shared."""
     judge, examples, texts = judge_of(template=template, which=which), road_examples["mixed"], ["red. so D", "", "D"]
     groups = [[judge.prompt(example, text) for text in texts] for example in examples]
     groups.append([judge.processor.question(examples[1])])
@@ -1501,8 +1496,7 @@ def test_rows_that_begin_alike_share_it(judge_of, road_examples, which, template
 # rollout
 
 @pytest.mark.parametrize("which, kind, after", [
-    ("toy", "pictures", "text"), ("toy", "mixed", "pictures"), ("toy", "text", "mixed"), ("toy", "text", "text"),
-    ("other", "mixed", "text"), ("other", "pictures", "mixed")])
+    ("toy", "pictures", "text"), ("toy", "text", "mixed"), ("other", "mixed", "text")])
 def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, kind, after):
     """Greedily what each question gets alone, without padding; sampled what HF's own batch gets. Also right after a
     batch that left other rope_deltas on the model, and with a checkpoint whose settings would spoil it."""
@@ -1540,24 +1534,22 @@ def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, 
 
 # the update
 
-@pytest.mark.parametrize("which, kind, micro_batch, frozen, grad, more, dtype", [
-    ("toy", "pictures", 1, False, False, (), torch.float64), ("toy", "mixed", 3, False, False, HOT, torch.float64),
-    ("toy", "mixed", 8, False, False, (), torch.float64), ("toy", "pictures", 8, True, False, HOT, torch.float64),
-    ("toy", "text", 64, False, False, HOT, torch.float64), ("toy", "mixed", 64, False, True, HOT, torch.float64),
-    ("toy", "text", 2, False, True, (), torch.float64), ("other", "mixed", 4, False, False, HOT, torch.float64),
-    ("toy", "pictures", 64, True, True, ("--kl_coef", "0"), torch.float64),
-    ("other", "pictures", 64, False, True, (), torch.float64), ("toy", "mixed", 3, False, False, (), torch.float32),
-    ("toy", "mixed", 64, False, True, (), torch.bfloat16),
-    ("toy", "mixed", 4, False, False, ("--inner_epochs", "2", "--lr", "2e-3"), torch.float64)])
-def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, micro_batch, frozen, grad, more, dtype,
+@pytest.mark.parametrize("which, kind, micro_batch, grad, more, dtype", [
+    ("toy", "pictures", 8, False, (*HOT, "--freeze_vision"), torch.float64),
+    ("toy", "pictures", 64, True, ("--kl_coef", "0", "--freeze_vision"), torch.float64),
+    ("toy", "mixed", 3, False, (), torch.float32), ("toy", "mixed", 64, True, (), torch.bfloat16),
+    ("toy", "mixed", 4, False, ("--inner_epochs", "2", "--lr", "2e-3"), torch.float64),
+    ("toy", "text", 2, True, (), torch.float64), ("other", "mixed", 1, False, HOT, torch.float64),
+    ("other", "pictures", 64, True, HOT, torch.float64)])
+def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, micro_batch, grad, more, dtype,
                                           true_float64):
     """Whatever stands behind a response's end. With `grad`, it goes on from the rollout's own computation of the
     prompts; with a second inner epoch the ratio leaves 1, and the clip acts."""
     policy, examples = copy.deepcopy(roads[which][0]).to(dtype), road_examples[kind]
     reference = moved(copy.deepcopy(policy), 5, 0.01).requires_grad_(False)
-    policy.model.visual.requires_grad_(not frozen)
-    config, plain = road_config("--micro_batch", str(micro_batch), *more), copy.deepcopy(policy)
-    optimizer = GradientsOnly(policy, config.lr)
+    config = road_config("--micro_batch", str(micro_batch), *more)
+    policy.model.visual.requires_grad_(not config.freeze_vision)
+    plain, optimizer = copy.deepcopy(policy), GradientsOnly(policy, config.lr)
     torch.manual_seed(6)
     batch = sophia_min.rollout(policy, roads[which][1], examples, G, config, grad=grad)
     batch.ids = torch.where(batch.mask == 1, batch.ids, torch.randint_like(batch.ids, 470, 600))
@@ -1571,18 +1563,18 @@ def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, mic
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
     assert relative_error(optimizer.kept[-1], gradients) < tolerance
     assert metrics == pytest.approx(expected, abs=tolerance)
-    assert len(optimizer.kept) == times and any(".visual." in name for name in gradients) == (not frozen)
+    assert len(optimizer.kept) == times
+    assert any(".visual." in name for name in gradients) == (not config.freeze_vision)
     assert all((gradient is None) == (".visual." in name and kind == "text") for name, gradient in gradients.items())
     assert (metrics["kl"] > 0) == (config.kl_coef > 0) and (metrics["clip_frac"] > 0.05) == (times == 2)
 
 
 @pytest.mark.parametrize("questions, more, times", [
-    (5, (), 1), (5, ("--micro_batch", str(5 * G - 1)), 2), (5, ("--inner_epochs", "2"), 3),
-    (1, ("--micro_batch", "1"), 1)])
+    (5, "", 1), (5, "--micro_batch 14", 2), (5, "--inner_epochs 2", 3), (1, "--micro_batch 1", 1)])
 def test_a_step_of_one_part_computes_each_prompt_once(road, road_examples, monkeypatch, questions, more, times):
     """Else twice, or once more for each inner epoch."""
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    policy, config = copy.deepcopy(road[0]), road_config("--micro_batch", str(5 * G), *more)
+    policy, config = copy.deepcopy(road[0]), road_config("--micro_batch", "15", *more.split())
     reference, passes = copy.deepcopy(policy).requires_grad_(False), counted(policy)
     examples = road_examples["mixed"][-questions:]
     sophia_min.train_step(1, policy, reference, None, GradientsOnly(policy), road[1], examples, config)
@@ -1637,8 +1629,7 @@ def test_small_steps_and_small_gradients_move_a_bf16_model(road):
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype, offload):
-    """As in a warm start's two parts, and GRPO after them, with masters wherever they are; an fp32 model on its own
-    device needs none. Frozen weights stay."""
+    """As in a warm start's two parts, wherever masters are. Frozen weights stay; what is not finite moves nothing."""
     model = copy.deepcopy(road[0]).to(dtype)
     model.model.visual.requires_grad_(False)
     frozen, weights = copy.deepcopy(model.model.visual), [w for w in model.parameters() if w.requires_grad]
@@ -1659,26 +1650,12 @@ def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype,
         for weight, master, their in zip(weights, ours.masters, theirs, strict=True):
             torch.testing.assert_close(master, their, rtol=1e-5, atol=1e-7)
             assert torch.equal(weight, master.to(dtype))
-    assert all(torch.equal(a, b) for a, b in zip(frozen.parameters(), model.model.visual.parameters()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_moves_nothing(road, road_examples, dtype, bad):
-    """In a gradient, or in the update's loss."""
-    model = copy.deepcopy(road[0]).to(dtype)
-    optimizer, weights = sophia_min.MasterAdamW(model, 1e-2), list(model.parameters())
-    sum(weight.sum() for weight in weights).backward()
-    optimizer.step()  # so that there are moments to spoil
-    batch = sophia_min.rollout(model, road[1], road_examples["mixed"], G, road_config())
-    before, advantages = [weight.detach().clone() for weight in [*weights, *optimizer.masters]], advantages_of(batch)
-    (sum(weight.sum() for weight in weights) + weights[7].flatten()[3] * bad).backward()
+    before = copy.deepcopy([*weights, *ours.masters])
+    (sum(weight.sum() for weight in weights) + weights[7].flatten()[3] * math.nan).backward()
     with pytest.raises(FloatingPointError, match="gradient norm is "):
-        optimizer.step()
-    advantages[2] = bad
-    with pytest.raises(FloatingPointError, match="loss is "):
-        sophia_min.update(model, copy.deepcopy(model), optimizer, batch, advantages, road_config())
-    assert all(torch.equal(a, b) for a, b in zip(before, [*weights, *optimizer.masters]))
+        ours.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, [*weights, *ours.masters]))
+    assert all(torch.equal(a, b) for a, b in zip(frozen.parameters(), model.model.visual.parameters()))
 
 
 def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_examples):
@@ -1698,8 +1675,7 @@ def changed(**more):
 
 def flat(plain, ids, attention_mask, **kwargs):
     """1-D positions."""
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return positions.expand(3, -1, -1), torch.zeros(len(ids), 1, dtype=torch.long)
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1), torch.zeros(len(ids), 1, dtype=torch.long)
 
 
 def stale(plain, **inputs):
@@ -1771,8 +1747,7 @@ def test_a_verdict_counts_only_when_it_is_whole_and_one_number(judge_of, road_ex
     assert [None if math.isnan(score) else pytest.approx(score) for score in scores] == list(verdicts.values())
 
 
-@pytest.mark.parametrize("which, kind, template", [
-    ("toy", "pictures", None), ("other", "mixed", None), ("toy", "pictures", PICTURE_LAST)])
+@pytest.mark.parametrize("which, kind, template", [("other", "mixed", None), ("toy", "pictures", PICTURE_LAST)])
 @torch.no_grad()
 def test_expected_score_is_the_mean_under_the_models_own_probabilities(judge_of, road_examples, which, kind, template):
     """Against full sequences: prompt, response and each spelling of a score to its end, one by one."""
@@ -1838,8 +1813,7 @@ def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, ro
     monkeypatch.setattr(sophia_min, "rollout", lambda *args, **kwargs: dataclasses.replace(
         plain(*args, **kwargs), texts=texts))
     monkeypatch.setattr(sophia_min, "update", lambda *args: seen.append(args[3:5]) or dict(metrics))
-    step = (4, road[0], None, judge, None, road[1], examples, config)
-    line, record = sophia_min.train_step(*step)
+    line, record = sophia_min.train_step(4, road[0], None, judge, None, road[1], examples, config)
     (batch, found), rows = seen[0], [row for group in record for row in group["responses"]]
     assert [row["reward"] for row in rows] == pytest.approx(sum(rewards, []))
     assert [row["advantage"] for row in rows] == found.tolist() == pytest.approx(sum(advantages, []), abs=1e-6)
@@ -1856,10 +1830,6 @@ def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, ro
         prompt_tokens=statistics.fmean(len(road[1].question(example).ids) for example in examples))
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     assert json.loads(json.dumps([line, record], allow_nan=False)) == [line, record]
-    thinking = [[INF] * 3] * 3
-    if judge and config.trust == "off":
-        with pytest.raises(FloatingPointError, match="a reward is not finite"):
-            sophia_min.train_step(*step)
 
 
 def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
