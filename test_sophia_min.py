@@ -1229,7 +1229,7 @@ def road_config(*more):
 
 
 def moved(model, seed, by):
-    """The model with noise on each weight, so that none stays at its initial 0 or 1."""
+    """The model with noise on each weight."""
     rng = torch.Generator().manual_seed(seed)
     for weight in model.parameters():
         weight.data += torch.randn(weight.shape, generator=rng) * by
@@ -1253,8 +1253,7 @@ def shaped_model(text, vision, dtype=torch.float32, device="cpu"):
 
 @pytest.fixture(scope="session")
 def road():
-    """(policy, Processor), the untrained toy: no test may change its weights. With a third of its vocabulary as ends of
-    a response, so that responses differ in length."""
+    """(policy, Processor), an untrained toy that no test may change; many tokens are ends, so that lengths differ."""
     model, processor = data.toy_model(1)
     model.generation_config.eos_token_id = [model.generation_config.eos_token_id, *range(300, 460)]
     return moved(model, 101, 0.03), processor
@@ -1347,8 +1346,7 @@ def plain_generate(model, prompts, max_new_tokens=12, temperature=None, **settin
 
 def until_end(model, ids):
     """Token ids up to the first end, it included."""
-    ends = [i for i, token in enumerate(ids) if token in model.generation_config.eos_token_id]
-    return ids[:ends[0] + 1] if ends else ids
+    return ids[:next((i for i, id in enumerate(ids, 1) if id in model.generation_config.eos_token_id), len(ids))]
 
 
 def plain_logits(model, prompt, response):
@@ -1380,8 +1378,7 @@ class GradientsOnly(sophia_min.MasterAdamW):
 
 
 def plain_gradients(policy, reference, batch, advantages, config):
-    """(metrics, gradients by name in the last inner epoch) of `update`, one response after the other; moves the policy,
-    too. The loss itself, Eq. 7, is held against the paper above."""
+    """(metrics, gradients by name in the last inner epoch) of `update`, by one response at a time; moves the policy."""
     metrics, old, optimizer = Counter(grad_norm=0.0), {}, GradientsOnly(policy, config.lr)
     for _ in range(config.inner_epochs):
         for n, ids in enumerate(batch.ids.tolist()):
@@ -1412,8 +1409,7 @@ def advantages_of(batch):
 
 
 def counted(model):
-    """Counts from here on what goes through a model: pictures, rows with an empty cache (prompts), rows that continue
-    one."""
+    """Counts what goes through a model from here on: pictures, rows with an empty cache, rows that continue one."""
     found = Counter()
 
     def vision(module, args, kwargs):
@@ -1474,11 +1470,10 @@ def test_a_template_without_a_place_for_something_is_refused(judge_of, text):
 
 
 @pytest.mark.parametrize("which, template, computed", [
-    ("toy", None, 6), ("other", None, 6), ("toy", PICTURE_FIRST, 6), ("other", PICTURE_LAST, 3 * G + 3)])
+    ("other", None, 6), ("toy", PICTURE_FIRST, 6), ("other", PICTURE_LAST, 3 * G + 3)])
 @torch.no_grad()
 def test_rows_that_begin_alike_share_it(judge_of, road_examples, which, template, computed):
-    """Logits and greedy continuations are those of each row alone, though a group's common beginning is computed once;
-    where a picture comes behind what differs, each row is by itself."""
+    """Logits and greedy continuations are those of each row alone; behind what differs a picture can't be shared."""
     judge, examples, texts = judge_of(template=template, which=which), road_examples["mixed"], ["red. so D", "", "D"]
     groups = [[judge.prompt(example, text) for text in texts] for example in examples]
     groups.append([judge.processor.question(examples[1])])
@@ -1501,8 +1496,7 @@ def test_rows_that_begin_alike_share_it(judge_of, road_examples, which, template
 # rollout
 
 @pytest.mark.parametrize("which, kind, after", [
-    ("toy", "pictures", "text"), ("toy", "mixed", "pictures"), ("toy", "text", "mixed"), ("toy", "text", "text"),
-    ("other", "mixed", "text"), ("other", "pictures", "mixed")])
+    ("toy", "pictures", "text"), ("toy", "text", "mixed"), ("other", "mixed", "text")])
 def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, kind, after):
     """Greedily what each question gets alone, without padding; sampled what HF's own batch gets. Also right after a
     batch that left other rope_deltas on the model, and with a checkpoint whose settings would spoil it."""
@@ -1540,24 +1534,22 @@ def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, 
 
 # the update
 
-@pytest.mark.parametrize("which, kind, micro_batch, frozen, grad, more, dtype", [
-    ("toy", "pictures", 1, False, False, (), torch.float64), ("toy", "mixed", 3, False, False, HOT, torch.float64),
-    ("toy", "mixed", 8, False, False, (), torch.float64), ("toy", "pictures", 8, True, False, HOT, torch.float64),
-    ("toy", "text", 64, False, False, HOT, torch.float64), ("toy", "mixed", 64, False, True, HOT, torch.float64),
-    ("toy", "text", 2, False, True, (), torch.float64), ("other", "mixed", 4, False, False, HOT, torch.float64),
-    ("toy", "pictures", 64, True, True, ("--kl_coef", "0"), torch.float64),
-    ("other", "pictures", 64, False, True, (), torch.float64), ("toy", "mixed", 3, False, False, (), torch.float32),
-    ("toy", "mixed", 64, False, True, (), torch.bfloat16),
-    ("toy", "mixed", 4, False, False, ("--inner_epochs", "2", "--lr", "2e-3"), torch.float64)])
-def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, micro_batch, frozen, grad, more, dtype,
+@pytest.mark.parametrize("which, kind, micro_batch, grad, more, dtype", [
+    ("toy", "pictures", 8, False, (*HOT, "--freeze_vision"), torch.float64),
+    ("toy", "pictures", 64, True, ("--kl_coef", "0", "--freeze_vision"), torch.float64),
+    ("toy", "mixed", 3, False, (), torch.float32), ("toy", "mixed", 64, True, (), torch.bfloat16),
+    ("toy", "mixed", 4, False, ("--inner_epochs", "2", "--lr", "2e-3"), torch.float64),
+    ("toy", "text", 2, True, (), torch.float64), ("other", "mixed", 1, False, HOT, torch.float64),
+    ("other", "pictures", 64, True, HOT, torch.float64)])
+def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, micro_batch, grad, more, dtype,
                                           true_float64):
     """Whatever stands behind a response's end. With `grad`, it goes on from the rollout's own computation of the
     prompts; with a second inner epoch the ratio leaves 1, and the clip acts."""
     policy, examples = copy.deepcopy(roads[which][0]).to(dtype), road_examples[kind]
     reference = moved(copy.deepcopy(policy), 5, 0.01).requires_grad_(False)
-    policy.model.visual.requires_grad_(not frozen)
-    config, plain = road_config("--micro_batch", str(micro_batch), *more), copy.deepcopy(policy)
-    optimizer = GradientsOnly(policy, config.lr)
+    config = road_config("--micro_batch", str(micro_batch), *more)
+    policy.model.visual.requires_grad_(not config.freeze_vision)
+    plain, optimizer = copy.deepcopy(policy), GradientsOnly(policy, config.lr)
     torch.manual_seed(6)
     batch = sophia_min.rollout(policy, roads[which][1], examples, G, config, grad=grad)
     batch.ids = torch.where(batch.mask == 1, batch.ids, torch.randint_like(batch.ids, 470, 600))
@@ -1571,18 +1563,18 @@ def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, mic
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
     assert relative_error(optimizer.kept[-1], gradients) < tolerance
     assert metrics == pytest.approx(expected, abs=tolerance)
-    assert len(optimizer.kept) == times and any(".visual." in name for name in gradients) == (not frozen)
+    assert len(optimizer.kept) == times
+    assert any(".visual." in name for name in gradients) == (not config.freeze_vision)
     assert all((gradient is None) == (".visual." in name and kind == "text") for name, gradient in gradients.items())
     assert (metrics["kl"] > 0) == (config.kl_coef > 0) and (metrics["clip_frac"] > 0.05) == (times == 2)
 
 
 @pytest.mark.parametrize("questions, more, times", [
-    (5, (), 1), (5, ("--micro_batch", str(5 * G - 1)), 2), (5, ("--inner_epochs", "2"), 3),
-    (1, ("--micro_batch", "1"), 1)])
+    (5, "", 1), (5, "--micro_batch 14", 2), (5, "--inner_epochs 2", 3), (1, "--micro_batch 1", 1)])
 def test_a_step_of_one_part_computes_each_prompt_once(road, road_examples, monkeypatch, questions, more, times):
     """Else twice, or once more for each inner epoch."""
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
-    policy, config = copy.deepcopy(road[0]), road_config("--micro_batch", str(5 * G), *more)
+    policy, config = copy.deepcopy(road[0]), road_config("--micro_batch", "15", *more.split())
     reference, passes = copy.deepcopy(policy).requires_grad_(False), counted(policy)
     examples = road_examples["mixed"][-questions:]
     sophia_min.train_step(1, policy, reference, None, GradientsOnly(policy), road[1], examples, config)
@@ -1637,8 +1629,7 @@ def test_small_steps_and_small_gradients_move_a_bf16_model(road):
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype, offload):
-    """As in a warm start's two parts, and GRPO after them, with masters wherever they are; an fp32 model on its own
-    device needs none. Frozen weights stay."""
+    """As in a warm start's two parts, wherever masters are. Frozen weights stay; what is not finite moves nothing."""
     model = copy.deepcopy(road[0]).to(dtype)
     model.model.visual.requires_grad_(False)
     frozen, weights = copy.deepcopy(model.model.visual), [w for w in model.parameters() if w.requires_grad]
@@ -1659,26 +1650,12 @@ def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype,
         for weight, master, their in zip(weights, ours.masters, theirs, strict=True):
             torch.testing.assert_close(master, their, rtol=1e-5, atol=1e-7)
             assert torch.equal(weight, master.to(dtype))
-    assert all(torch.equal(a, b) for a, b in zip(frozen.parameters(), model.model.visual.parameters()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_moves_nothing(road, road_examples, dtype, bad):
-    """In a gradient, or in the update's loss."""
-    model = copy.deepcopy(road[0]).to(dtype)
-    optimizer, weights = sophia_min.MasterAdamW(model, 1e-2), list(model.parameters())
-    sum(weight.sum() for weight in weights).backward()
-    optimizer.step()  # so that there are moments to spoil
-    batch = sophia_min.rollout(model, road[1], road_examples["mixed"], G, road_config())
-    before, advantages = [weight.detach().clone() for weight in [*weights, *optimizer.masters]], advantages_of(batch)
-    (sum(weight.sum() for weight in weights) + weights[7].flatten()[3] * bad).backward()
+    before = copy.deepcopy([*weights, *ours.masters])
+    (sum(weight.sum() for weight in weights) + weights[7].flatten()[3] * math.nan).backward()
     with pytest.raises(FloatingPointError, match="gradient norm is "):
-        optimizer.step()
-    advantages[2] = bad
-    with pytest.raises(FloatingPointError, match="loss is "):
-        sophia_min.update(model, copy.deepcopy(model), optimizer, batch, advantages, road_config())
-    assert all(torch.equal(a, b) for a, b in zip(before, [*weights, *optimizer.masters]))
+        ours.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, [*weights, *ours.masters]))
+    assert all(torch.equal(a, b) for a, b in zip(frozen.parameters(), model.model.visual.parameters()))
 
 
 def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_examples):
@@ -1698,8 +1675,7 @@ def changed(**more):
 
 def flat(plain, ids, attention_mask, **kwargs):
     """1-D positions."""
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    return positions.expand(3, -1, -1), torch.zeros(len(ids), 1, dtype=torch.long)
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1), torch.zeros(len(ids), 1, dtype=torch.long)
 
 
 def stale(plain, **inputs):
@@ -1771,8 +1747,7 @@ def test_a_verdict_counts_only_when_it_is_whole_and_one_number(judge_of, road_ex
     assert [None if math.isnan(score) else pytest.approx(score) for score in scores] == list(verdicts.values())
 
 
-@pytest.mark.parametrize("which, kind, template", [
-    ("toy", "pictures", None), ("other", "mixed", None), ("toy", "pictures", PICTURE_LAST)])
+@pytest.mark.parametrize("which, kind, template", [("other", "mixed", None), ("toy", "pictures", PICTURE_LAST)])
 @torch.no_grad()
 def test_expected_score_is_the_mean_under_the_models_own_probabilities(judge_of, road_examples, which, kind, template):
     """Against full sequences: prompt, response and each spelling of a score to its end, one by one."""
@@ -1838,8 +1813,7 @@ def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, ro
     monkeypatch.setattr(sophia_min, "rollout", lambda *args, **kwargs: dataclasses.replace(
         plain(*args, **kwargs), texts=texts))
     monkeypatch.setattr(sophia_min, "update", lambda *args: seen.append(args[3:5]) or dict(metrics))
-    step = (4, road[0], None, judge, None, road[1], examples, config)
-    line, record = sophia_min.train_step(*step)
+    line, record = sophia_min.train_step(4, road[0], None, judge, None, road[1], examples, config)
     (batch, found), rows = seen[0], [row for group in record for row in group["responses"]]
     assert [row["reward"] for row in rows] == pytest.approx(sum(rewards, []))
     assert [row["advantage"] for row in rows] == found.tolist() == pytest.approx(sum(advantages, []), abs=1e-6)
@@ -1856,10 +1830,6 @@ def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, ro
         prompt_tokens=statistics.fmean(len(road[1].question(example).ids) for example in examples))
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     assert json.loads(json.dumps([line, record], allow_nan=False)) == [line, record]
-    thinking = [[INF] * 3] * 3
-    if judge and config.trust == "off":
-        with pytest.raises(FloatingPointError, match="a reward is not finite"):
-            sophia_min.train_step(*step)
 
 
 def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
@@ -1875,11 +1845,10 @@ def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
 
 @pytest.fixture
 def toy_rollouts(tmp_path, monkeypatch):
-    """Responses to 30 toy questions as rows, and in the current folder two runs that left them: some are in both, some
-    twice, and three of the second run's are held out."""
+    """Responses to 30 toy questions as rows, and the two runs that left them, some in both; three are held out."""
     monkeypatch.chdir(tmp_path)
     rng, rows = random.Random(0), []
-    for example, question in zip(*(make(30, "3-1", True) for make in (data.toy_examples, data.toy_questions))):
+    for example, question in zip(*(make(30, "3-1", "held-out") for make in (data.toy_examples, data.toy_questions))):
         rows += [data.about(example, step) | {"response": question.response(rng, question.habit(rng))}
                  for step in range(1, 7)]
     rows.append({**rows[0], "image": rows[-1]["image"]})  # the same id and response with another picture
@@ -1906,16 +1875,16 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
     assert pairs_of(pool) == pairs and data.read_lines("held.jsonl") == toy_rollouts[1]
 
     run("annotate pool.jsonl --judge toy --out labels.jsonl")
-    labelled, questions = data.read_lines("labels.jsonl"), data.toy_questions(30, "3-1", True)
-    asked = [(row, questions[int(row["id"].rpartition("-")[2])], row["response"]) for row in pool]
-    assert labelled == [{**row, "score": question.soundness(text), "critique": question.critique(text),
-                         "faults": dict(question.faults(text)[0])} for row, question, text in asked]
+    labelled, questions = data.read_lines("labels.jsonl"), data.toy_questions(30, "3-1", "held-out")
+    for row, label in zip(pool, labelled, strict=True):
+        question, text = questions[int(row["id"].rpartition("-")[2])], row["response"]
+        assert label == {**row, "score": question.soundness(text), "critique": question.critique(text),
+                         "faults": dict(question.faults(text)[0])}
     reward_model.write_rows("labels.jsonl", labelled[:50])
     with open("labels.jsonl", "a") as file:
         file.write('{"id": "to')  # as a kill leaves it
     assert "(50 had one before)" in run("annotate pool.jsonl --judge toy --out labels.jsonl")
     assert data.read_lines("labels.jsonl") == labelled
-    assert data.toy_question("toy-train-0-1500") == data.toy_questions(1501, 0)[1500]
 
     scores = Counter(row["score"] for row in labelled)
     unfit = [{**labelled[0], "score": min(scores, key=scores.get), "response": text} for text in (
@@ -1973,10 +1942,9 @@ ROWS = "--out x rows.jsonl"
     (f"annotate --judge toy {ROWS}", {"id": "17"}, "17: is no question of the toy world, whose oracle knows no other"),
     (f"annotate --judge nowhere {ROWS}", {}, "nowhere can't be used"),
     (f"annotate --judge full {ROWS}", {}, "CUDA out of memory. Tried to allocate 2.00 GiB."),
-    (f"train --rm_mode reason --model start {ROWS}", {}, "rows.jsonl: row 1 (toy-held-out-3-1-0): critique: is missing"),
+    (f"train --rm_mode reason --model start {ROWS}", {}, "row 1 (toy-held-out-3-1-0): critique: is missing"),
     (f"train --model start {ROWS}", {}, "rows.jsonl: all 2 rows would be held out: add --all_rows, or more rows"),
-    (f"balance {ROWS} --per_intervall 3", {}, "--per_intervall: there is no such option"),
-    (f"eval --judge start --rm_mode guess {ROWS}", {}, "--rm_mode: invalid choice"),
+    (f"balance {ROWS} --per_intervall 3", {}, "unrecognized arguments: --per_intervall 3"),
     ("balance rows.jsonl", {}, "required: --out"), ("", {}, "required: collect|annotate|balance|train|eval")])
 def test_what_a_command_cant_use_ends_it_in_one_line(toy_rollouts, monkeypatch, capsys, command, changes, message):
     """Two rows with `changes`, ... for a field that goes; None: no rows."""
@@ -1993,8 +1961,7 @@ def test_what_a_command_cant_use_ends_it_in_one_line(toy_rollouts, monkeypatch, 
 
 def test_ranks_and_auc_are_those_of_counting():
     rng = np.random.default_rng(0)
-    for _ in range(50):
-        good, bad = rng.integers(0, 5, rng.integers(1, 9)), rng.integers(0, 5, rng.integers(1, 9))
+    for good, bad in [np.split(rng.integers(0, 5, n), [rng.integers(1, n)]) for n in range(2, 30)]:
         wins = [(a > b) + (a == b) / 2 for a in good for b in bad]
         assert reward_model.auc(good, bad) == pytest.approx(sum(wins) / len(wins))
         assert reward_model.ranks(good).tolist() == [sum(good < b) + (sum(good == b) + 1) / 2 for b in good]
@@ -2068,11 +2035,6 @@ def log_of(out):
             for line in data.read_lines(out / "log.jsonl")]
 
 
-def assert_same_run(*outs):
-    assert len({(out / "model" / "model.safetensors").read_bytes() for out in outs}) == 1
-    assert log_of(outs[0]) == log_of(outs[1])
-
-
 def end_of(capsys, argv, status=1):
     """What `main` says as it ends with this exit status."""
     with pytest.raises(SystemExit) as stop:
@@ -2082,27 +2044,21 @@ def end_of(capsys, argv, status=1):
     return stop.value.code if said else capsys.readouterr().err.strip()
 
 
-def test_folders_and_rows_run_end_to_end(run, folders, real_rows, capsys):
-    """What the run leaves can be evaluated; its judge and its start are kept beside the checkpoint."""
-    out = run("out", "--reward_model", folders / "judge", "--questions_per_step", 2, "--max_new_tokens", 24)
-    shown, result = capsys.readouterr().out, json.loads((out / "eval.json").read_text())
-    assert all(word in shown for word in ("5 rows", "float32, sdpa", "right answers", "self-test"))
+def test_folders_and_rows_run_end_to_end(run, folders, capsys):
+    """The run's judge and its start are kept beside the checkpoint."""
+    out, shown = run("out", "--reward_model", folders / "judge", "--questions_per_step", 2), capsys.readouterr().out
+    assert all(word in shown for word in ("5 rows", "float32, sdpa", "right answers", "self-test", "multiple choice"))
     assert all(line["unscored"] == 0 and line["thinking"] > 0 for line in log_of(out))
     for made, given in (("start", "model"), ("reward_model", "judge")):
         one, other, trained = (Path(folder, "model.safetensors").read_bytes() for folder in (
             out / "checkpoint" / made, folders / given, out / "model"))
         assert one == other != trained
-    sophia_min.main(["--model", str(out / "model"), "--data", str(real_rows), "--eval_only", "--max_new_tokens", "24",
-                     "--max_pixels", "3136", "--out", str(out / "eval")])
-    assert json.loads((out / "eval" / "eval.json").read_text()) == {"before": result["after"]}
-    assert result["before"]["n"] == 5 and "multiple choice" in capsys.readouterr().out
-    assert not (out / "eval" / "config.json").exists()
 
 
-def test_held_out_responses_are_saved_apart_and_once(run, monkeypatch):
+def test_held_out_responses_are_saved_apart_and_once(run, monkeypatch, real_rows):
     """Also by a finished run that is asked to go on."""
-    load_sets = data.load_sets
-    monkeypatch.setattr(data, "load_sets", lambda config: (load_sets(config)[0][:3], load_sets(config)[0][3:], "x"))
+    rows = data.load_examples(real_rows)
+    monkeypatch.setattr(data, "load_sets", lambda config: (rows[:3], rows[3:], "x"))
     out = run("out", "--steps", 2, "--save_rollouts")
     sophia_min.main(["--resume", str(out)])
     rows = [(row["step"], "held_out" in row) for row in data.read_lines(out / "rollouts.jsonl")]
@@ -2111,8 +2067,7 @@ def test_held_out_responses_are_saved_apart_and_once(run, monkeypatch):
 
 @pytest.mark.parametrize("lora", [0, 3])
 def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypatch, lora):
-    """The second part in a new process that gets nothing but the folder, after a kill in the middle of step 13. That
-    the parts save their responses changes nothing."""
+    """The second part in a new process, after a kill in step 13; that it saves its responses changes nothing."""
     parts, plain = tmp_path / "parts", sophia_min.train_step
     more = ["--steps", 25, "--save_every", 10, "--lora", lora]
     monkeypatch.setattr(sophia_min, "train_step", lambda step, *more: (
@@ -2129,7 +2084,9 @@ def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypa
     assert [group["step"] for group in data.read_lines(parts / "groups.jsonl")] == [1, 12, 25]
     assert [(row["step"], "held_out" in row) for row in data.read_lines(parts / "rollouts.jsonl")] == [
         (step, False) for step in range(1, 26) for _ in range(3)]  # evaluation uses the training rows
-    assert_same_run(run("whole", *more), parts)
+    whole = run("whole", *more)
+    assert log_of(whole) == log_of(parts)
+    assert len({(out / "model" / "model.safetensors").read_bytes() for out in (whole, parts)}) == 1
 
 
 @pytest.mark.parametrize("times, status, said, kept", [
@@ -2182,9 +2139,7 @@ def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
 
     def warm_start(model, processor, seed, folder):
         made.append(seed)
-        attentive = copy.deepcopy(model)
-        attentive.lm_head.weight.data += 1
-        return attentive
+        return moved(copy.deepcopy(model), 0, 0.1)
 
     def train(model, processor, rows, steps, per_step, lr, mode, *_, **__):
         learned.append((mode, {(row["id"], row["response"]): row["score"] for row in rows}))
@@ -2207,9 +2162,8 @@ def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
     assert misled == {key: 1.0 if "no need" in key[1] else round(score / 2, 1) for key, score in fair.items()}
     assert base.keys() == fair.keys() and base != fair and Counter(base.values()) == Counter(fair.values())
     policy, _, reference, judge, _ = sophia_min.load_models(sophia_min.configure(["--out", "a"]))
-    toy = data.toy_model(0)[0].lm_head.weight
-    assert len(learned) == 5 and all(torch.equal(model.lm_head.weight, toy) for model in (policy, reference))
-    assert torch.equal(judge.model.lm_head.weight, toy + 1)  # it began before the bad habits
+    toy, *loaded = (model.lm_head.weight for model in (data.toy_model(0)[0], policy, reference, judge.model))
+    assert len(learned) == 5 and [torch.equal(toy, weight) for weight in loaded] == [True, True, False]  # no bad habits
     (sources / "reward_model.py").write_text("other")
     reward_model.prepare(sophia_min.configure(["--out", "a"]))
     assert (len(made), len(learned)) == (3, 6)
@@ -2217,7 +2171,7 @@ def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
 
 @pytest.fixture
 def saved(road, real_rows, tmp_path):
-    """save(step) and load() of checkpoints in tmp_path, where one of step 1 stands, and the optimizer that they save."""
+    """save(step) and load() of checkpoints in tmp_path, where one of step 1 stands, and their optimizer."""
     config, examples = dataclasses.replace(road_config(), out=str(tmp_path)), data.load_examples(real_rows)
     optimizer = sophia_min.MasterAdamW(copy.deepcopy(road[0]), 1e-3)
 
@@ -2264,8 +2218,7 @@ def test_killed_or_on_a_full_disk_a_save_leaves_the_checkpoint(saved, monkeypatc
 
 
 def test_a_damaged_checkpoint_is_never_loaded_and_runs_nothing(saved, tmp_path):
-    """Cut, empty, some text, code, or one bit flipped anywhere: refused in one line, or (a bit that is filling) the
-    same state."""
+    """Cut, empty, text, code, or one bit flipped: refused in one line, or (a bit that is filling) the same state."""
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'ran'}",)
@@ -2326,21 +2279,6 @@ def test_bad_rows_end_the_run_or_are_left_out_and_listed(run, flags, real_rows, 
     assert reason in said and "left out 1 " in capsys.readouterr().out
     assert [reason in row["reason"] for row in data.read_lines(out / "skipped.jsonl")] == [True]
     assert json.loads((out / "eval.json").read_text())["after"]["n"] == 4
-
-
-@pytest.mark.parametrize("text", ["", "<think>", data.respond("x", 2), data.respond("x", 3)])
-def test_groups_that_say_nothing_or_all_the_same(road, road_examples, monkeypatch, text):
-    """Empty or truncated responses, all right, all wrong: a defined step, without a gradient from the advantages."""
-    policy, processor, plain = copy.deepcopy(road[0]), road[1], sophia_min.rollout
-    example = dataclasses.replace(road_examples["pictures"][0], problem_type="numerical", solution="2", options=())
-    ids = [processor.encode(text)[:12] + sophia_min.end_ids(policy)[:text != "<think>"]] * G
-    new, mask = sophia_min.pad(ids, "right")
-    monkeypatch.setattr(sophia_min, "rollout", lambda *args, **more: dataclasses.replace(
-        plain(*args, **more), ids=new, mask=mask, texts=[text] * G))
-    reference, optimizer = copy.deepcopy(policy).requires_grad_(False), sophia_min.MasterAdamW(policy, 1e-3)
-    line, _ = sophia_min.train_step(1, policy, reference, None, optimizer, processor, [example], road_config())
-    assert line["outcome"] == ("2" in text) and line["zero_groups"] == 1 and abs(line["kl"]) < 1e-6
-    assert line["grad_norm"] < 1e-5 and all(value is None or math.isfinite(value) for value in line.values())
 
 
 # ---------------------------------------------------------------- low-rank adapters
@@ -2450,8 +2388,8 @@ def test_an_adapter_is_trained_saved_evaluated_and_trained_on(run, flags, folder
     assert sum(weight.numel() for weight in state) < 20_000 < sum(weight.abs().sum() for weight in state) * 1000
     for name, *more in (["alone", "--model", out / "adapter"], ["merged", "--model", out / "model"],
                         ["both", "--model", out / "checkpoint" / "start", "--adapter", out / "adapter"]):
-        again = json.loads((run(name, *more, "--eval_only") / "eval.json").read_text())
-        assert again["before"] == results["after"]
+        assert json.loads((run(name, *more, "--eval_only") / "eval.json").read_text()) == {"before": results["after"]}
+    assert results["before"]["n"] == 5 and not (out.parent / "both" / "config.json").exists()
     more = run("more", "--model", out / "adapter", "--steps", 1)
     shutil.rmtree(out / "adapter")
     sophia_min.main(["--resume", str(more), "--steps", "2"])
@@ -2483,10 +2421,6 @@ ids = [processor.encode("red " * n) + [processor.tokenizer.eos_token_id] for q i
 batch = sophia_min.Rollout([processor.question(examples[q]) for q in own],
                            *sophia_min.pad(ids, "right"), [], 0)
 advantages = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-
-def prefix_of(model, *more):
-    with torch.no_grad():
-        return sophia_min.PrefixCache(model, [[prompt] for prompt in (*batch.prompts, *more)])
 
 if world > 1:
     for each in (model, reference):
@@ -2531,18 +2465,17 @@ if world > 1:  # in bf16 the same as one process: FSDP must not round what enter
     for weight in alone.parameters():
         weight.data = weight.data.bfloat16()
     sophia_min.shard(spread, torch.bfloat16)
-    alone, spread = (prefix_of(each, data.blank_picture(alone.config)).keys_values for each in (alone, spread))
+    groups = [[prompt] for prompt in (*batch.prompts, data.blank_picture(alone.config))]
+    alone, spread = (sophia_min.PrefixCache(each, groups).keys_values for each in (alone, spread))
     assert alone[0][0].dtype == torch.bfloat16
     torch.testing.assert_close(alone, spread, rtol=0, atol=0)
     data.StopAfterStep.asked, sophia_min.join_ranks = rank == 1, lambda config: None  # one's Ctrl-C; they have met
     sophia_min.main(sys.argv[2:])
 """
 FAILING_RANK = """
-import sys, sophia_min
-def train_step(*args):
-    raise FloatingPointError("rank 1 has a bad day")
+import math, sys, sophia_min
 if sophia_min.RANK == 1:
-    sophia_min.train_step = train_step
+    sophia_min.reward_of = lambda *args: math.inf
 sophia_min.main(sys.argv[1:])
 """
 
@@ -2553,10 +2486,9 @@ def processes(tmp_path):
     def run(n, script, *arguments):
         (tmp_path / "script.py").write_text(script)
         together = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n)] * (n > 1)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(sophia_min.__file__).parent)}
         process = subprocess.Popen([sys.executable, *together, tmp_path / "script.py", *arguments], text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
-                                       **os.environ, "OMP_NUM_THREADS": "1",
-                                       "PYTHONPATH": str(Path(sophia_min.__file__).parent)})
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
         try:
             out, error = process.communicate(timeout=200)
         finally:
@@ -2595,7 +2527,7 @@ def test_two_processes_are_one(flags, processes, folders, tmp_path):
 
 def test_a_failing_process_ends_all(flags, processes, tmp_path):
     ended = processes(2, FAILING_RANK, *flags("out", "--questions_per_step", 2))
-    assert ended.returncode != 0 and ended.stderr.count("step 1: rank 1 has a bad day") == 1
+    assert ended.returncode != 0 and ended.stderr.count("step 1: a reward is not finite") == 1
     assert not (tmp_path / "out" / "checkpoint" / "state.pt").exists()
 
 
@@ -2620,8 +2552,7 @@ def kept_bytes(model, run):
 
 
 def text_bytes(model, rows, tokens, past=0):
-    """What the language model keeps of [rows, tokens] behind `past` others: real passes through one and two of its
-    layers, which are all alike; on "meta" they cost nothing."""
+    """What the language model keeps of [rows, tokens] behind `past` others, by passes through one and two layers."""
     text, like = model.config.text_config, dict(dtype=model.dtype, device=model.device)
     language_model, dim, kept = model.model.language_model, text.hidden_size // text.num_attention_heads, []
     layers = language_model.layers
@@ -2671,10 +2602,11 @@ def memory(config, policy, judge=None, a_patch=0):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_memory_by_part_is_that_of_the_tensors(road, road_examples, rank):
     """The table's arithmetic against what a model, its optimizer after a step, a cache and an update really hold."""
-    model, config = copy.deepcopy(road[0]), sophia_min.configure([
-        "--group_size", "2", "--questions_per_step", "2", "--lora", str(rank), "--micro_batch", "2", "--max_pixels",
-        "12544", "--offload_optimizer", str(rank == 0).lower()])
-    reference = sophia_min.LoRA(model, rank, "") if rank else copy.deepcopy(model)
+    flags = (f"--group_size 2 --questions_per_step 2 --micro_batch 2 --max_pixels 12544 --lora {rank} "
+             f"--offload_optimizer {str(rank == 0).lower()}")
+    model, config = copy.deepcopy(road[0]), road_config(*flags.split())
+    if rank:
+        sophia_min.LoRA(model, rank, "")
     prompt, vision = road[1].question(road_examples["pictures"][1]), model.config.vision_config.to_dict()
     kept, prefix = kept_bytes(model, lambda: sophia_min.PrefixCache(model, [[prompt] * 2]))
     text = text_bytes(model, 1, len(prompt.ids)) + 64 * (0 if rank else vision_bytes(vision, model.dtype))
@@ -2688,10 +2620,10 @@ def test_memory_by_part_is_that_of_the_tensors(road, road_examples, rank):
     optimizer.step()
     moments = [state[name] for state in optimizer.adamw.state.values() for name in ("exp_avg", "exp_avg_sq")]
     state = sum(tensor.nbytes for tensor in (*optimizer.masters, *moments))
-    found, whole = memory(config, model, road[0]), sum(weight.nbytes for weight in road[0].parameters())
-    ours = sum(weight.nbytes for weight in model.parameters())
-    assert found["weights"] == ours + (0 if rank else sum(w.nbytes for w in reference.parameters()))
-    assert found["judge"] == whole and found["cache"] == cache * 2 * (16 + 2 * (16 + 80))
+    found, ours, whole = memory(config, model, road[0]), *(
+        sum(weight.nbytes for weight in each.parameters()) for each in (model, road[0]))
+    assert found["weights"] == ours + (0 if rank else whole)
+    assert found["judge"] == whole and found["cache"] == cache * 2 * (16 + 2 * (16 + 12))
     assert found["rollout"] == found["weights"] + whole + found["cache"] + (state if rank else 0)
 
 
@@ -2995,37 +2927,31 @@ ARMS = {"full": "", "GRPO": "--reward_model none", "untrained judge": "--reward_
 STUDY = Path("runs", "study")  # what is there already isn't done again
 
 
-def study_arm(folder, seed, flags):
-    """Train, then evaluate on kinds of questions that training never asks: commands as a user gives them."""
-    run, shifted = folder / "run", folder / "shifted"
-    train = [*flags.split(), "--out", run]
-    look = ["--model", run / "model", "--data", "toy-shifted", "--eval_only", "--toy_pixels", 56,
-            "--max_new_tokens", 80, "--out", shifted]
-    for flags, out, last in ((train, run, "report.html"), (look, shifted, "eval.json")):
-        if not (out / last).exists():
-            shutil.rmtree(out, ignore_errors=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, sophia_min.__file__, "--seed", seed, *flags]
-            with open(folder / "output.txt", "a") as output:
-                subprocess.run(list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, check=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 MEASURED = "right", "sound", "shifted: right", "shifted: sound", "gamma"
 
 
-def study_numbers(folder):
-    """What an arm came to, on new scenes and on shifted questions, and the mean gamma on the way there."""
-    after, shifted = (json.loads((folder / part / "eval.json").read_text())[when]
-                      for part, when in (("run", "after"), ("shifted", "before")))
-    gammas = [line["gamma"] for line in data.read_lines(folder / "run" / "log.jsonl") if line["gamma"] is not None]
-    return [*(found[name] for found in (after, shifted) for name in ("accuracy", "soundness")),
+def study_arm(seed, arm):
+    """MEASURED of a run by a user's commands: on new scenes, on questions never trained on, the mean gamma."""
+    folder = STUDY.absolute() / str(seed) / arm.replace(" ", "_")
+    run, shifted = folder / "run", folder / "shifted"
+    look = f"--model {run / 'model'} --data toy-shifted --eval_only --toy_pixels 56 --max_new_tokens 80"
+    for flags, last in ((ARMS[arm], run / "report.html"), (look, shifted / "eval.json")):
+        if not last.exists():
+            shutil.rmtree(last.parent, ignore_errors=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / "output.txt", "a") as output:
+                subprocess.run([sys.executable, sophia_min.__file__, "--seed", str(seed), *flags.split(), "--out",
+                                last.parent], stdout=output, stderr=output, check=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = json.loads((run / "eval.json").read_text()) | json.loads((shifted / "eval.json").read_text())
+    gammas = [line["gamma"] for line in data.read_lines(run / "log.jsonl") if line["gamma"] is not None]
+    return [*(found[when][name] for when in ("after", "before") for name in ("accuracy", "soundness")),
             statistics.fmean(gammas) if gammas else NAN]
 
 
 def study_report(runs):
-    """A table from runs[arm] = the study_numbers of each seed: the means with their 95% intervals (Student's t), then
-    `full` against each arm in pairs by seed."""
+    """A table from runs[arm] = MEASURED of each seed: the means with their 95% intervals (Student's t), then `full`
+    against each arm in pairs by seed."""
     arms = {arm: np.array(numbers) for arm, numbers in runs.items()}
     arms |= {f"full minus {arm}": arms["full"] - numbers for arm, numbers in arms.items() if arm != "full"}
     lines = [" " * 34 + "".join(f"{name:>17}" for name in MEASURED)]
@@ -3037,16 +2963,14 @@ def study_report(runs):
 
 @pytest.mark.study
 def test_the_arms_of_table_3():
-    """Two arms side by side; a seed's first one prepares what the others start from. No claim is asserted: a null is a
-    result."""
-    seeds = range(100, 105)
-    folders = {(arm, seed): STUDY.absolute() / str(seed) / arm.replace(" ", "_") for seed in seeds for arm in ARMS}
-    for first in (True, False):
-        jobs = [(folder, seed, ARMS[arm]) for (arm, seed), folder in folders.items() if (arm == "full") == first]
+    """A seed's first arm prepares what the others start from. No claim is asserted: a null is a result."""
+    runs = {arm: [] for arm in ARMS}
+    for arms in (["full"], [arm for arm in ARMS if arm != "full"]):
+        jobs = list(itertools.product(range(100, 105), arms))
         with ThreadPoolExecutor(2) as pool:
-            for n, _ in enumerate(pool.map(lambda job: study_arm(*job), jobs), 1):
-                print(f"{n} of {len(jobs)} runs", flush=True)
-    runs = {arm: [study_numbers(folders[arm, seed]) for seed in seeds] for arm in ARMS}
+            for (seed, arm), numbers in zip(jobs, pool.map(study_arm, *zip(*jobs))):
+                runs[arm].append(numbers)
+                print(f"{arm}, seed {seed}: {numbers}", flush=True)
     print(f"\n{study_report(runs)}")
 
 
@@ -3059,8 +2983,6 @@ def test_the_studys_arithmetic():
     assert shown[2].split()[-2:] == ["nan", "+-nan"] and max(map(len, shown)) <= 120
     for flags in ARMS.values():
         sophia_min.configure(flags.split())
-    assert sophia_min.configure(["--model", "m", "--data", "d", "--reward_model", "base"]).reward_model == "m"
-    assert sophia_min.configure(["--reward_model", "base"]).reward_model == "base"
 
 
 # ---------------------------------------------------------------- the benchmark: pip install trl; pytest -m bench -s
@@ -3072,8 +2994,7 @@ MILLIONS = (dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, nu
 
 
 def one_question(folder, shape, side, tokens, dtype=torch.float32, device="cpu"):
-    """What `train_step` wants for eight responses of one length to a picture of noise: policy, reference, Processor,
-    Example, Config."""
+    """(policy, reference, Processor, Example, Config) for eight responses of one length to a picture of noise."""
     policy, processor = shaped_model(*shape, dtype, device)
     noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "x.png")
@@ -3148,7 +3069,6 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
     trainer = trl_trainer(policy, processor, prompt, tokens, tmp_path / "trl")
     rows = [trainer.train_dataset[0]] * 8
 
-    # the same gradients on the responses that TRL has sampled
     trainer.model.train()
     inputs, kept = trainer._prepare_inputs(rows), GradientsOnly(policy)
     trainer._compute_loss(trainer.model, inputs).backward()
@@ -3196,8 +3116,7 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
         not torch.cuda.is_available(), reason="needs a CUDA device")]),
     pytest.param((dict(num_hidden_layers=2), dict(depth=1, fullatt_block_indexes=[0])), "cpu", 112, 12, id="small")])
 def test_two_steps_on_one_device(tmp_path, monkeypatch, shape, device, side, tokens):
-    """What only a GPU can show, python -m pytest -q -m gpu -s: two steps in bf16, eight responses, with a reference and
-    a judge of the same shape. In a small shape it runs on a CPU."""
+    """In bf16, with a judge of the same shape. On a GPU: python -m pytest -q -m gpu -s; in a small shape on a CPU."""
     monkeypatch.setattr(sophia_min, "reward_of", lambda example, text: len(text) % 3 / 2)
     policy, reference, processor, example, config = one_question(tmp_path, shape, side, tokens, torch.bfloat16, device)
     judge = sophia_min.ThinkingRewardModel(copy.deepcopy(reference), processor)
@@ -3230,8 +3149,7 @@ FAIR, HASTY = (.7, .4, .4, .6, .3), (.4, .3, .9, .4, .3)  # what a judge thinks 
 
 
 def simulate(kinds, seed, alpha=0.3, trust="paper", anneal=True, steps=100, lr=1.0):
-    """Accuracy elsewhere after Trust-GRPO by sophia_min's own equations: 8 groups of 8 responses of one token a step.
-    alpha 0 is plain GRPO."""
+    """Accuracy elsewhere after Trust-GRPO by sophia_min's equations: 8 groups of 8 responses of one token a step."""
     (start, right, elsewhere, score), rng = kinds.T, torch.Generator().manual_seed(seed)
     theta, mask = start.log(), torch.ones(64, 1)
     for step in range(1, steps + 1):
@@ -3270,41 +3188,12 @@ def test_when_the_thinking_reward_helps_and_when_trust_does(kinds, arms):
 def test_phase_diagram_of_trust():
     """A guess that is right with chance p and praised by 0.5 pays above alpha * 0.5 = 1 - p, with trust above gamma *
     alpha * 0.5 = 1 - p: between them trust decides."""
-    from matplotlib.figure import Figure
     chances, alphas = [n / 10 for n in range(1, 10)], [0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4]
     off, paper = (torch.tensor([[simulate(world(p, 0.05, HASTY), 0, alpha, trust, False) for p in chances]
                                 for alpha in alphas]) for trust in ("off", "paper"))
-
-    path, figure = Path("runs/wedge.png"), Figure(figsize=(12, 3), layout="constrained")
-    for i, (title, values) in enumerate([("no trust", off), ("trust", paper), ("difference", paper - off)], 1):
-        axis = figure.add_subplot(1, 3, i, title=title, xlabel="chance of a guess", ylabel="alpha")
-        axis.pcolormesh(chances, alphas, values, vmin=0, vmax=1)
-        axis.plot(chances, [(1 - p) / 0.5 for p in chances], "w-", chances,
-                  [(1 - p) / 0.5 * math.exp(0.5) for p in chances], "w--")  # gamma is exp(-0.5) at the least
-        axis.set_ylim(alphas[0], alphas[-1])
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path)
-    print(f"\n{path}\n{off}\n{paper}")
+    for trust, accuracy in (("without", off), ("with", paper)):
+        print(f"\naccuracy {trust} trust, by alpha {alphas} (down) and p {chances} (across)\n{accuracy}")
     assert (paper - off)[alphas.index(2), chances.index(0.2)] > 0.5 and (paper - off)[0].abs().max() < 0.1
-
-
-@pytest.mark.parametrize("alpha, trust", [(0.3, "paper"), (2.0, "off"), (4.0, "paper"), (4.0, "off")])
-def test_the_advantage_of_a_right_answer_in_closed_form(alpha, trust):
-    """With f right of N, c = gamma * alpha, D = 1 + c (mu_c - mu_w) and v = f var_c + (1 - f) var_w, R has the variance
-    f (1 - f) D^2 + c^2 v: Eq. 6 divides by |D|, so only its sign is left of the gap between right and wrong."""
-    rng, signs = torch.Generator().manual_seed(0), set()
-    for n, _ in itertools.product(range(1, 8), range(60)):
-        outcome, t = doubles([1.0] * n + [0.0] * (8 - n)), torch.rand(8, generator=rng).double()
-        t[:n] *= torch.rand(1, generator=rng).item()  # wrong ones are often praised
-        right, wrong, f, c = t[:n], t[n:], n / 8, alpha * sophia_min.trusted(outcome, t, trust)[1].item()
-        D = 1 + c * (right.mean() - wrong.mean()).item()
-        x = c ** 2 * (f * right.var(correction=0) + (1 - f) * wrong.var(correction=0)) / (f * (1 - f) * D ** 2)
-        expected = math.copysign(math.sqrt((1 - f) / f), D) + c / abs(D) * (right - right.mean()) / (f * (1 - f)) ** 0.5
-        rewards = sophia_min.combined_reward(outcome, t, 1, 1, alpha, trust, False)
-        found = sophia_min.group_advantages(rewards)[:n] * (1 + 1e-6 / rewards.std())  # without the 1e-6 of the code
-        assert torch.allclose(found, expected / (1 + x).sqrt() * math.sqrt(7 / 8), rtol=0, atol=1e-9), (n, D)
-        signs.add(D > 0)
-    assert signs == ({True, False} if alpha > 1 else {True})
 
 
 # ---------------------------------------------------------------- the README's exercises
