@@ -3188,12 +3188,41 @@ def test_when_the_thinking_reward_helps_and_when_trust_does(kinds, arms):
 def test_phase_diagram_of_trust():
     """A guess that is right with chance p and praised by 0.5 pays above alpha * 0.5 = 1 - p, with trust above gamma *
     alpha * 0.5 = 1 - p: between them trust decides."""
+    from matplotlib.figure import Figure
     chances, alphas = [n / 10 for n in range(1, 10)], [0.3, 0.6, 1, 1.5, 2, 2.5, 3, 4]
     off, paper = (torch.tensor([[simulate(world(p, 0.05, HASTY), 0, alpha, trust, False) for p in chances]
                                 for alpha in alphas]) for trust in ("off", "paper"))
-    for trust, accuracy in (("without", off), ("with", paper)):
-        print(f"\naccuracy {trust} trust, by alpha {alphas} (down) and p {chances} (across)\n{accuracy}")
+
+    path, figure = Path("runs/wedge.png"), Figure(figsize=(12, 3), layout="constrained")
+    for i, (title, values) in enumerate([("no trust", off), ("trust", paper), ("difference", paper - off)], 1):
+        axis = figure.add_subplot(1, 3, i, title=title, xlabel="chance of a guess", ylabel="alpha")
+        axis.pcolormesh(chances, alphas, values, vmin=0, vmax=1)
+        axis.plot(chances, [(1 - p) / 0.5 for p in chances], "w-", chances,
+                  [(1 - p) / 0.5 * math.exp(0.5) for p in chances], "w--")  # gamma is exp(-0.5) at the least
+        axis.set_ylim(alphas[0], alphas[-1])
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+    print(f"\n{path}\n{off}\n{paper}")
     assert (paper - off)[alphas.index(2), chances.index(0.2)] > 0.5 and (paper - off)[0].abs().max() < 0.1
+
+
+@pytest.mark.parametrize("alpha, trust", [(0.3, "paper"), (2.0, "off"), (4.0, "paper"), (4.0, "off")])
+def test_the_advantage_of_a_right_answer_in_closed_form(alpha, trust):
+    """With f right of N, c = gamma * alpha, D = 1 + c (mu_c - mu_w) and v = f var_c + (1 - f) var_w, R has the variance
+    f (1 - f) D^2 + c^2 v: Eq. 6 divides by |D|, so only its sign is left of the gap between right and wrong."""
+    rng, signs = torch.Generator().manual_seed(0), set()
+    for n, _ in itertools.product(range(1, 8), range(60)):
+        outcome, t = doubles([1.0] * n + [0.0] * (8 - n)), torch.rand(8, generator=rng).double()
+        t[:n] *= torch.rand(1, generator=rng).item()  # wrong ones are often praised
+        right, wrong, f, c = t[:n], t[n:], n / 8, alpha * sophia_min.trusted(outcome, t, trust)[1].item()
+        D = 1 + c * (right.mean() - wrong.mean()).item()
+        x = c ** 2 * (f * right.var(correction=0) + (1 - f) * wrong.var(correction=0)) / (f * (1 - f) * D ** 2)
+        expected = math.copysign(math.sqrt((1 - f) / f), D) + c / abs(D) * (right - right.mean()) / (f * (1 - f)) ** 0.5
+        rewards = sophia_min.combined_reward(outcome, t, 1, 1, alpha, trust, False)
+        found = sophia_min.group_advantages(rewards)[:n] * (1 + 1e-6 / rewards.std())  # without the 1e-6 of the code
+        assert torch.allclose(found, expected / (1 + x).sqrt() * math.sqrt(7 / 8), rtol=0, atol=1e-9), (n, D)
+        signs.add(D > 0)
+    assert signs == ({True, False} if alpha > 1 else {True})
 
 
 # ---------------------------------------------------------------- the README's exercises
