@@ -170,8 +170,7 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
     assert len(rows_in(name="rows.jsonl", text=text, skip_bad=True, skipped_path=other)) == 1
     entry = json.loads(other.read_text())
     assert entry["row"] == '{"torn": ' and "row 3 (no id): Expecting value: line 1 column 10" in entry["reason"]
-    rows_in(paper_row(), skip_bad=True)
-    assert not (rows_in.folder / "skipped.jsonl").exists()
+    assert rows_in(paper_row(), skip_bad=True) and not (rows_in.folder / "skipped.jsonl").exists()
     for rows, place, words in [(({}, []), None, "(?s)2 of 2 rows are bad.*row 1 .*row 2 .*if any row is left"),
                                ((paper_row(), {}), rows_in.folder / "rows.json/file", "can't be written")]:
         with pytest.raises(data.DataError, match=words):
@@ -186,14 +185,11 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
 
 @pytest.mark.parametrize("name, text, words", [
     ("rows.json", b"\xef\xbb\xbf \n", "no JSON"), ("rows.json", b"[]", "empty"), ("rows.jsonl", b"\n \n", "empty"),
-    ("rows.json", b"{}", "list of rows"), ("rows.json", b"3", "list of rows"), ("rows.json", b"\xff\xfe[\0]", "UTF-8"),
+    ("rows.json", b"{}", "list of rows"), ("rows.json", b"\xff\xfe[\0]", "UTF-8"), ("rows.json", b"[" * 5000, "is no"),
     ("rows.json", b'[{"a": 1},\n {"b" 2}]', "line 2 column 7"), ("rows.json", b'{"a": 1}\n{"a": 2}\n', "jsonl"),
-    ("rows.json", b"[" * 5000, "no JSON"), ("rows.json", b"[" + b"1" * 5000 + b"]", "no JSON"),
-    ("rows.jsonl", b'{"a"\n', r"row 1 \(no id\): .*column"), ("rows.jsonl", b"[" * 5000, "row 1 .*recursion"),
-    ("rows.csv", b"a,b", "must be one .json or .jsonl"), ("none.json", None, "No such file"), ("", None, "must be one"),
-    ("dir.json", None, "directory")])
+    ("rows.json", b"[" + b"1" * 5000 + b"]", "no JSON"), ("rows.jsonl", b"[" * 5000, "row 1 .*recursion"),
+    ("rows.csv", b"a,b", "must be one .json or"), ("none.json", None, "No such file"), ("", None, "must be one")])
 def test_files_that_are_no_rows(rows_in, name, text, words):
-    (rows_in.folder / "dir.json").mkdir()
     with pytest.raises(data.DataError, match=words) as caught:
         rows_in(name=name, text=text) if text is not None else data.load_examples(rows_in.folder / name)
     assert str(caught.value).startswith(str(rows_in.folder / name))
@@ -201,23 +197,20 @@ def test_files_that_are_no_rows(rows_in, name, text, words):
 
 def test_byte_order_mark_line_ends_and_image_root(rows_in, tmp_path):
     row = json.dumps(paper_row(problem="one\u2028two"), ensure_ascii=False)
-    examples, path = rows_in(text=f"\ufeff[{row}]"), tmp_path / "rows.json"
+    examples = rows_in(text=f"\ufeff[{row}]")
     assert rows_in(name="rows.jsonl", text=f"\ufeff\r\n{row}\r\n\n") == examples
-    path.write_text(f"[{row}]")
     (tmp_path / "root").symlink_to(rows_in.folder)  # the root itself may be a link
-    assert data.load_examples(path, tmp_path / "root") == examples and examples[0].problem == "one\u2028two"
-    for root in (None, tmp_path / "none"):
-        with pytest.raises(data.DataError, match="no file './images/a.png' inside"):
-            data.load_examples(path, root)
-    with pytest.raises(data.DataError, match="no absolute path"):
-        rows_in(paper_row(path=examples[0].image))  # though it leads inside
+    assert rows_in(text=f"[{row}]", image_root=tmp_path / "root") == examples and examples[0].problem == "one\u2028two"
+    for path, root, words in [("./images/a.png", tmp_path / "none", "no file './images/a.png' inside"),
+                              (examples[0].image, None, "no absolute path")]:  # though it leads inside
+        with pytest.raises(data.DataError, match=words):
+            rows_in(paper_row(path=path), image_root=root)
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["image", "text", "multiple choice", "OCR", "A", "images/a.png", "A. x"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["text", "A", "A. x"]),
     lambda some: st.lists(some, max_size=4) | st.dictionaries(st.text(max_size=4), some, max_size=3), max_leaves=8)
-some_rows = st.lists(json_values | st.dictionaries(st.sampled_from(sorted(paper_row())), json_values)
+some_rows = st.lists(json_values | st.dictionaries(st.sampled_from(FIELDS + ("options",)), json_values)
                      .map(lambda fields: paper_row(**fields)), max_size=4)
 
 
@@ -252,8 +245,8 @@ def png(width, height, depth, colour, content, transparency=b"", end=True):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("width, height, limits, words", [
-    (401, 2, {}, "aspect"), (2, 401, {}, "aspect"), (400, 2, {}, None), (21, 2, {"max_aspect": 10}, "aspect"),
-    (2, 20, {"max_aspect": 10}, None), (10, 10, {"max_image_pixels": 99}, "more than 99"), (10_000, 10_000, {}, None),
+    (401, 2, {}, "aspect"), (2, 401, {}, "aspect"), (400, 2, {}, None), (2, 21, {"max_aspect": 10}, "aspect"),
+    (10, 10, {"max_image_pixels": 99}, "more than 99"), (10_000, 10_000, {}, None),
     (10_000, 10_001, {}, "more than 100,000,000 in all"), (20_000, 20_000, {}, "can't be read .*bomb")])
 def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width, height, limits, words):
     (rows_in.folder / "images/s.png").write_bytes(png(width, height, 8, 0, b"\0", end=words is None))
@@ -282,15 +275,9 @@ def test_damaged_pictures(rows_in, monkeypatch, kind):
         for look in (lambda: rows_in(row), lambda: data.open_picture(path)):
             with pytest.raises(data.DataError, match=f"path: '{path}' can't be read as a picture"):
                 look()
-
-
-def test_a_wrong_byte_in_the_middle_of_a_png_is_found(tmp_path):
-    path, rng = tmp_path / "x.png", random.Random(0)
-    Image.new("RGB", (200, 200), "red").save(path)  # zlib alone lets a quarter pass
-    whole = path.read_bytes()
-    for at in [rng.randrange(50, len(whole) - 20) for _ in range(50)]:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1:])
-        with pytest.raises(data.DataError, match="x.png"):
+    for at in range(50, len(whole) - 20, 700) if kind == "png" else ():  # a wrong byte: zlib alone lets a quarter pass
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        with pytest.raises(data.DataError, match="d.png"):
             data.open_picture(path)
 
 
@@ -589,12 +576,9 @@ def test_texts_long_answers_and_loops(kind):
             assert graded(looped, "a stop sign", kind, SIDES, within=100) < 0.5, piece
 
 
-CASES = Path(__file__).resolve().parent / "../shared/verifier_cases.json"
-
-
-@pytest.mark.skipif(not CASES.exists(), reason="a clone stands alone: the tables above hold these cases")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="a clone stands alone: the tables above hold these cases")
 def test_shared_cases():
-    cases, strict, generous = json.loads(CASES.read_text("utf-8")), [], []
+    cases, strict, generous = json.loads((SHARED / "verifier_cases.json").read_text("utf-8")), [], []
     for case in cases:
         low, high = case["expected"] if isinstance(case["expected"], list) else (case["expected"],) * 2
         got = graded(case["prediction"], case["truth"], case["type"], case.get("options", []))
