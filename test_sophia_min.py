@@ -281,11 +281,10 @@ def test_damaged_pictures(rows_in, monkeypatch, kind):
             data.open_picture(path)
 
 
-def tiff(values, bits, tags):
-    """An uncompressed grey TIFF by hand: one strip of 2 x 3 pixels, unless `tags` say otherwise."""
-    entries = {256: 3, 257: 2, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 274: 1, 277: 1, 279: len(values)}
-    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in (entries | tags).items())
-    return b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + values
+def tiff(tag, value):
+    """A grey 16-bit TIFF, one of its tags changed."""
+    Image.fromarray(np.zeros((2, 3), "u2")).save(file := io.BytesIO(), "TIFF")
+    return re.sub(struct.pack("<HHI", tag, 3, 1) + b"..", struct.pack("<HHIH", tag, 3, 1, value), file.getvalue())
 
 
 def bmp(alpha):
@@ -294,7 +293,7 @@ def bmp(alpha):
     return b"BM" + struct.pack("<IHHI", 78, 0, 0, 70) + header + bytes([10, 20, 30, 0, 40, 50, 60, alpha])
 
 
-PALETTE, FRAMES = Image.new("P", (2, 1)), [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue", "lime")]
+FRAMES, PALETTE = [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue", "lime")], Image.new("P", (2, 1))
 PALETTE.putpalette([9, 9, 9, 50, 60, 70])
 PALETTE.putpixel((1, 0), 1)
 EXIF = [b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\1\3\0\1\0\0\0" + bytes([turn, 0, 0, 0]) for turn in range(9)]  # its head
@@ -304,7 +303,6 @@ SIX, *_ = TURNED = [[[40 * int(digit) for digit in row] for row in rows.split()]
     "123 456", "321 654", "654 321", "456 123", "14 25 36", "41 52 63", "63 52 41", "36 25 14")]
 RED = [[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 51]]]
 SEEN = [  # file name, content (a picture; an array and its type; a whole file), how to save it, the pixels to see
-    ("x.png", FRAMES[0], {}, [[(255, 0, 0)] * 2]), ("x.png", (SIX, "u1"), {}, SIX),
     ("x.png", ([[False, True]], "?"), {}, [[0, 255]]), ("x.png", PALETTE, {}, [[9, (50, 60, 70)]]),
     *[(name, ([values], dtype), {}, [grey])  # not stretched, and 8-bit numbers stored in 16 bits stay as they are
       for name, dtype in [("x.png", "<u2"), ("x.tif", "<u2"), ("x.tif", ">u2"), ("x.pgm", "<u2")]
@@ -323,14 +321,13 @@ SEEN = [  # file name, content (a picture; an array and its type; a whole file),
       for kind in ("gif", "png", "webp", "tif")],
     *[(f"x.{kind}", (np.dstack([SIX] * 3), "u1"), {"exif": EXIF[turn], "lossless": True, "subsampling": 0}, seen)
       for kind in ("jpg", "png", "tif", "webp") for turn, seen in enumerate(TURNED, 1)],
-    *[("x.tif", tiff((np.array(SIX) * white // 255).astype(kind).tobytes(), bits, {274: turn}), {}, TURNED[turn - 1])
-      for turn in (5, 6, 7, 8) for bits, kind, white in ((8, "u1", 255), (16, "<u2", 65535))],
+    *[("x.tif", (np.array(SIX) * white, kind), {"exif": EXIF[turn]}, TURNED[turn - 1])  # Pillow may map these
+      for turn in (5, 6, 7, 8) for kind, white in (("u1", 1), ("<u2", 257))],
     *[(f"x.{kind}", (SIX, "u1"), {"exif": b"Exif\0\0not TIFF", "lossless": True}, SIX) for kind in ("jpg", "webp")],
     ("x.jpg", (SIX, "u1"), {"exif": ODD_TAG[6]}, TURNED[5])]  # an odd tag beside the orientation
 REFUSED = [  # what Pillow reads without a word, and wrongly
-    ("inverse.tif", tiff(bytes(12), 16, {262: 0})), ("12.tif", tiff(bytes(3), 12, {256: 2, 257: 1})),
-    ("2.png", png(2, 1, 2, 0, b"\0\x70", b"\0\1")), ("4.png", png(2, 1, 4, 0, b"\0\x35", b"\0\3")),
-    ("16.png", png(2, 1, 16, 0, b"\0\0\x03\x80\0", b"\0\x03")),
+    ("inverse.tif", tiff(262, 0)), ("12.tif", tiff(258, 12)), ("2.png", png(2, 1, 2, 0, b"\0\x70", b"\0\1")),
+    ("4.png", png(2, 1, 4, 0, b"\0\x35", b"\0\3")), ("16.png", png(2, 1, 16, 0, b"\0\0\x03\x80\0", b"\0\x03")),
     ("rgb16.png", png(1, 1, 16, 2, b"\0" + bytes(6), b"\x80" + bytes(5))), ("i.tif", ([[0, 9]], "i4")),
     ("f.tif", ([[0, 0.5]], "f4")), ("x.pfm", ([[0, 0.5]], "f4")), ("x.avif", FRAMES[0]), ("x.jp2", FRAMES[0])]
 
@@ -761,9 +758,7 @@ def test_rewards_and_advantages_agree_with_the_paper(group, step, total, alpha, 
 
 
 @pytest.mark.parametrize("outcome, thinking, gamma", [
-    ([1., 0.], [0.0, 0.8], math.exp(-0.8)),  # Fig. 9 prints 0.45
-    ([1., 0., 1., 0., 0., 0., 1., 0.], [.2, .8, .2, .8, .8, .8, .2, .8], math.exp(-0.6)),
-    ([1., 0.], [0., 1.], 1 / math.e),  # the least there is
+    ([1., 0.], [0.0, 0.8], math.exp(-0.8)), ([1., 0.], [0., 1.], 1 / math.e),  # Fig. 9 prints 0.45; the least there is
     ([1., 1.], [0., 1.], 1), ([0., 0.], [0., 1.], 1),  # nobody wrong, nobody right
     ([1., 0.], [.8, .2], 1), ([1., 0.], [.5, .5], 1),  # mu_c >= mu_w: trusted, never above 1
     ([.5, 0.], [0., .8], math.exp(-0.8)), ([.4999, 0.], [0., .8], 1),  # 0.5 is correct (Eq. 1)
