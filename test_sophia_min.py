@@ -42,8 +42,7 @@ from PIL import Image
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForImageTextToText, DynamicCache, GenerationConfig, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration,
-                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen3VLConfig)
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import data
@@ -2717,12 +2716,11 @@ def model_copy(folders, tmp_path):
     return tmp_path / "model"
 
 
-def weights_of(pattern="^$", new=None, more={}):
-    """Drops or renames the weights of a folder whose names match, and adds some."""
+def weights_of(dropped="^$", more={}):
+    """Drops the weights of a folder whose names match, and adds some."""
     def rewrite(folder):
         path = folder / "model.safetensors"
-        kept = {re.sub(pattern, new or "", name): weight.clone() for name, weight in load_file(path).items()
-                if new or not re.search(pattern, name)}
+        kept = {name: weight.clone() for name, weight in load_file(path).items() if not re.search(dropped, name)}
         save_file(kept | more, path, {"format": "pt"})
     return rewrite
 
@@ -2733,7 +2731,6 @@ def writes(name, content):
 
 @pytest.mark.parametrize("harm, said", [
     (weights_of("visual"), "30 weights are missing in its .*first model.visual"),
-    (weights_of("layers.1."), "12 weights are missing"), (weights_of("q_proj", "query"), "8 weights are missing"),
     (weights_of(more={"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
     (weights_of(more={"model.language_model.norm.weight": torch.ones(3)}), "1 weights are mismatched"),
     (writes("config.json", '{"model_type": "qwen3_5"}'), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
@@ -2745,15 +2742,11 @@ def writes(name, content):
         "messages %}TEXT<|im_end|>", "messages[1:] %}<|image_pad|>TEXT<|im_end|>", "messages %}<|image_pad|>TEXT")],
     (writes("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), r"its \*.safetensors are damaged"),
     (lambda folder: os.truncate(folder / "model.safetensors", 10 ** 6), r"its \*.safetensors are damaged"),
-    (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
-    (writes("SHA256SUMS", "a list of somebody's own\n"), None)])
+    (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor")])
 def test_a_model_folder_is_right_or_named(folders, tmp_path, harm, said):
     """For a policy and for a judge, by what loads both."""
     folder = model_copy(folders, tmp_path)
     harm(folder)
-    if said is None:
-        sophia_min.load(folder, road_config())
-        return
     with pytest.raises(SystemExit, match=f"^{folder} can't be used: .*{said}") as stop:
         sophia_min.load(folder, road_config())
     assert "\n" not in str(stop.value) and "network" not in str(stop.value)
@@ -2763,9 +2756,8 @@ def test_of_a_checkpoints_generation_settings_only_its_ends_count(road, road_exa
     policy, processor = road
     spoilt = copy.deepcopy(policy)
     spoilt.generation_config.update(**dict(
-        no_repeat_ngram_size=2, typical_p=0.3, epsilon_cutoff=0.01, max_time=1e-4, num_return_sequences=2, num_beams=3,
-        stop_strings=["a"], guidance_scale=3.0, encoder_repetition_penalty=1.5, begin_suppress_tokens=[5, 6],
-        exponential_decay_length_penalty=(1, 2.0), forced_eos_token_id=7, repetition_penalty=2.0, min_p=0.3))
+        no_repeat_ngram_size=2, typical_p=0.3, max_time=1e-4, num_return_sequences=2, num_beams=3, stop_strings=["a"],
+        guidance_scale=3.0, begin_suppress_tokens=[5, 6], forced_eos_token_id=7, repetition_penalty=2.0, min_p=0.3))
     for greedy in (False, True):
         ids = []
         for model in (policy, spoilt):
@@ -2834,19 +2826,18 @@ def family_model(kind):
     """A tiny Qwen2-VL or Qwen3-VL (16-pixel patches, deepstack) with the toy's tokenizer."""
     tokenizer = data.toy_tokenizer()
     pad, _, end, *vision_ids = tokenizer.convert_tokens_to_ids(data.SPECIAL_TOKENS)
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
     text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, pad_token_id=pad,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
                 bos_token_id=None, eos_token_id=end, rope_parameters=rope)
-    vision = dict(depth=2, num_heads=2)
     if kind == "qwen2_vl":
-        config, patch = Qwen2VLConfig, 14
-        vision |= dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
+        config, patch, vision = Qwen2VLConfig, 14, dict(depth=2, embed_dim=32, hidden_size=64, mlp_ratio=2, num_heads=2)
+        rope.pop("mrope_interleaved")
     else:
-        config, patch = Qwen3VLConfig, 16
-        text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}}
-        vision |= dict(depth=3, hidden_size=32, intermediate_size=64, out_hidden_size=64,
-                       deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
+        config, patch, vision = Qwen3VLConfig, 16, dict(
+            depth=3, hidden_size=32, intermediate_size=64, out_hidden_size=64, deepstack_visual_indexes=[0, 1],
+            num_position_embeddings=64, num_heads=2)
+        text["head_dim"] = 16
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     torch.manual_seed(0)
     config = config(text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(names, vision_ids)))
@@ -2855,10 +2846,9 @@ def family_model(kind):
     return model, data.Processor(tokenizer, data.Qwen2VLImageProcessorPil(patch_size=patch))
 
 
-@pytest.mark.parametrize("kind, official", [("qwen2_vl", Qwen2VLForConditionalGeneration),
-                                            ("qwen3_vl", Qwen3VLForConditionalGeneration)])
-def test_its_sisters_run_the_whole_road(kind, official, flags, road_examples, tmp_path):
-    """Greedy tokens and gradients are the plain computation's, and a run leaves what the official class loads."""
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_its_sisters_run_the_whole_road(kind, flags, road_examples, tmp_path):
+    """Greedy tokens and gradients are the plain computation's."""
     data.save_folder(tmp_path / "model", *family_model(kind))
     config, examples = road_config("--device", "cpu", "--max_pixels", "12544"), road_examples["mixed"]
     policy, processor = sophia_min.load(tmp_path / "model", config)
@@ -2873,19 +2863,19 @@ def test_its_sisters_run_the_whole_road(kind, official, flags, road_examples, tm
     sophia_min.update(policy, reference, optimizer, batch, advantages, config)
     assert relative_error(optimizer.kept[0], plain_gradients(policy, reference, batch, advantages, config)[1]) < 1e-5
     sophia_min.main(flags("out", "--model", tmp_path / "model", "--steps", 2))
-    official.from_pretrained(tmp_path / "out/model")
+    sophia_min.load(tmp_path / "out/model", config)
 
 
 # ---------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize("command, reason", [
-    ("--group_size 1", "--group_size must be 2 or more"), ("--alpha -1", "alpha"), ("--clip_eps 2", "must be below 1"),
+    ("--group_size 1", "--group_size must be 2 or more"), ("--clip_eps 2", "must be below 1"), ("--lr inf", "lr"),
     ("--anneal maybe", "anneal"), ("--trust blind", "trust"), ("--resume nowhere", "no run to continue"),
-    ("--data x.json", "oracle"), ("--lr nan", "lr"), ("--lr inf", "lr"), ("--steps 1.5", "steps"),
+    ("--data x.json", "oracle"), ("--lr nan", "lr"), ("--steps 1.5", "steps"), ("--study", "--study"),
     ("--device gpu", "cuda:N"), ("--toy_pixels 448", "56"), ("--rm_prompt x", "no such file"), ("x", "x: there"),
     ("--modle toy", "--modle: there is no such option"), ("--model", "expected one argument"),
-    ("--min_new_tokens 99 --max_new_tokens 9", "must not be above --max_new_tokens"), ("--study", "--study"),
+    ("--min_new_tokens 99 --max_new_tokens 9", "must not be above --max_new_tokens"),
     *((f"--{name} {least / 2 - 1 if type(least) is float else least - 1}", name)
       for name, least in sophia_min.LEAST.items()),
     *(() if torch.cuda.is_available() else [("--device cuda", "torch sees no CUDA device")])])
@@ -2906,19 +2896,15 @@ def test_settings_are_those_of_the_command_line_and_of_the_world(command, expect
 
 
 def test_off_the_main_thread_a_ctrl_c_is_left_to_others():
-    def listen():
-        with data.StopAfterStep() as stopping:
-            return stopping.asked, signal.getsignal(signal.SIGINT)
     with ThreadPoolExecutor() as pool:
-        assert pool.submit(listen).result() == (False, signal.getsignal(signal.SIGINT))
+        assert pool.submit(data.StopAfterStep().__enter__).result().before is None
 
 
 def test_help_names_the_sources(capsys):
     with pytest.raises(SystemExit):
         sophia_min.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for said in ("Eq. 4 (0.3: paper, section 4)", "(0.2: released config)", "(0: ours)",
-                 "(1500: paper, section 4; 70 with --model toy)"):
+    for said in "Eq. 4 (0.3: paper, section 4)", "(0: ours)", "(1500: paper, section 4; 70 with --model toy)":
         assert said in shown
 
 
@@ -3420,12 +3406,11 @@ def started_toy_run(request, tmp_path_factory):
         yield
         return
     folder = tmp_path_factory.mktemp("run")
-    with open(folder / "output.txt", "w") as output:
-        command = [sys.executable, sophia_min.__file__, "--out", "toy", "--steps", "40", "--seed", "11"]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-    yield process, folder
-    process.kill()
+    command = [sys.executable, sophia_min.__file__, "--out", "toy", "--steps", "40", "--seed", "11"]
+    with open(folder / "output.txt", "w") as output, subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        yield process, folder
+        process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -3450,13 +3435,11 @@ def held_out_of(run):
     return data.toy_examples(400, 11, "held-out", folder=run / "pictures")
 
 
-def with_swapped_pictures(examples, seed=0):
+def with_swapped_pictures(examples):
     """Each question with a picture of another one of its type, most of the time."""
-    rng, pictures = random.Random(seed), {}
-    for example in examples:
+    pictures = {}
+    for example in random.Random(0).sample(examples, len(examples)):
         pictures.setdefault(example.problem_type, []).append(example.image)
-    for images in pictures.values():
-        rng.shuffle(images)
     return [dataclasses.replace(example, image=pictures[example.problem_type].pop()) for example in examples]
 
 
@@ -3502,10 +3485,9 @@ def test_run_leaves_what_the_design_says(toy_run):
         path.name for path in toy_run.iterdir()}
     assert len(list((toy_run.parent / "runs" / "prepared").glob("toy_11_*"))) == 2  # start and judge
     lines, page = data.read_lines(toy_run / "log.jsonl"), (toy_run / "report.html").read_text()
-    assert [line["step"] for line in lines] == list(range(1, 41))
-    assert set("step outcome thinking gamma anneal reward_std loss kl clip_frac entropy grad_norm length format_rate "
-               "unscored zero_groups mistrusted truncated prompt_tokens sec_rollout sec_score sec_update".split()
-               ) <= set(lines[0])
+    assert [line["step"] for line in lines] == list(range(1, 41)) and lines[0].keys() >= set(
+        "step outcome thinking gamma anneal reward_std loss kl clip_frac entropy grad_norm length format_rate unscored "
+        "zero_groups mistrusted truncated prompt_tokens sec_rollout sec_score sec_update".split())
     assert lines[0]["kl"] == 0 and abs(lines[0]["loss"]) < 1e-6 < lines[-1]["kl"]
     assert all(line["anneal"] == pytest.approx(math.exp(-line["step"] / 40)) for line in lines)
     assert page.count("<table>") >= 4 and page.count("data:image/png") == page.count("<table>") + 1
