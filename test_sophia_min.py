@@ -42,8 +42,7 @@ from PIL import Image
 from rouge_score import rouge_scorer
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForImageTextToText, DynamicCache, GenerationConfig, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration,
-                          Qwen3VLConfig, Qwen3VLForConditionalGeneration)
+                          Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen3VLConfig)
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 import data
@@ -170,8 +169,7 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
     assert len(rows_in(name="rows.jsonl", text=text, skip_bad=True, skipped_path=other)) == 1
     entry = json.loads(other.read_text())
     assert entry["row"] == '{"torn": ' and "row 3 (no id): Expecting value: line 1 column 10" in entry["reason"]
-    rows_in(paper_row(), skip_bad=True)
-    assert not (rows_in.folder / "skipped.jsonl").exists()
+    assert rows_in(paper_row(), skip_bad=True) and not (rows_in.folder / "skipped.jsonl").exists()
     for rows, place, words in [(({}, []), None, "(?s)2 of 2 rows are bad.*row 1 .*row 2 .*if any row is left"),
                                ((paper_row(), {}), rows_in.folder / "rows.json/file", "can't be written")]:
         with pytest.raises(data.DataError, match=words):
@@ -186,14 +184,11 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
 
 @pytest.mark.parametrize("name, text, words", [
     ("rows.json", b"\xef\xbb\xbf \n", "no JSON"), ("rows.json", b"[]", "empty"), ("rows.jsonl", b"\n \n", "empty"),
-    ("rows.json", b"{}", "list of rows"), ("rows.json", b"3", "list of rows"), ("rows.json", b"\xff\xfe[\0]", "UTF-8"),
+    ("rows.json", b"{}", "list of rows"), ("rows.json", b"\xff\xfe[\0]", "UTF-8"), ("rows.json", b"[" * 5000, "is no"),
     ("rows.json", b'[{"a": 1},\n {"b" 2}]', "line 2 column 7"), ("rows.json", b'{"a": 1}\n{"a": 2}\n', "jsonl"),
-    ("rows.json", b"[" * 5000, "no JSON"), ("rows.json", b"[" + b"1" * 5000 + b"]", "no JSON"),
-    ("rows.jsonl", b'{"a"\n', r"row 1 \(no id\): .*column"), ("rows.jsonl", b"[" * 5000, "row 1 .*recursion"),
-    ("rows.csv", b"a,b", "must be one .json or .jsonl"), ("none.json", None, "No such file"), ("", None, "must be one"),
-    ("dir.json", None, "directory")])
+    ("rows.json", b"[" + b"1" * 5000 + b"]", "no JSON"), ("rows.jsonl", b"[" * 5000, "row 1 .*recursion"),
+    ("rows.csv", b"a,b", "must be one .json or"), ("none.json", None, "No such file"), ("", None, "must be one")])
 def test_files_that_are_no_rows(rows_in, name, text, words):
-    (rows_in.folder / "dir.json").mkdir()
     with pytest.raises(data.DataError, match=words) as caught:
         rows_in(name=name, text=text) if text is not None else data.load_examples(rows_in.folder / name)
     assert str(caught.value).startswith(str(rows_in.folder / name))
@@ -201,23 +196,20 @@ def test_files_that_are_no_rows(rows_in, name, text, words):
 
 def test_byte_order_mark_line_ends_and_image_root(rows_in, tmp_path):
     row = json.dumps(paper_row(problem="one\u2028two"), ensure_ascii=False)
-    examples, path = rows_in(text=f"\ufeff[{row}]"), tmp_path / "rows.json"
+    examples = rows_in(text=f"\ufeff[{row}]")
     assert rows_in(name="rows.jsonl", text=f"\ufeff\r\n{row}\r\n\n") == examples
-    path.write_text(f"[{row}]")
     (tmp_path / "root").symlink_to(rows_in.folder)  # the root itself may be a link
-    assert data.load_examples(path, tmp_path / "root") == examples and examples[0].problem == "one\u2028two"
-    for root in (None, tmp_path / "none"):
-        with pytest.raises(data.DataError, match="no file './images/a.png' inside"):
-            data.load_examples(path, root)
-    with pytest.raises(data.DataError, match="no absolute path"):
-        rows_in(paper_row(path=examples[0].image))  # though it leads inside
+    assert rows_in(text=f"[{row}]", image_root=tmp_path / "root") == examples and examples[0].problem == "one\u2028two"
+    for path, root, words in [("./images/a.png", tmp_path / "none", "no file './images/a.png' inside"),
+                              (examples[0].image, None, "no absolute path")]:  # though it leads inside
+        with pytest.raises(data.DataError, match=words):
+            rows_in(paper_row(path=path), image_root=root)
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["image", "text", "multiple choice", "OCR", "A", "images/a.png", "A. x"]),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["text", "A", "A. x"]),
     lambda some: st.lists(some, max_size=4) | st.dictionaries(st.text(max_size=4), some, max_size=3), max_leaves=8)
-some_rows = st.lists(json_values | st.dictionaries(st.sampled_from(sorted(paper_row())), json_values)
+some_rows = st.lists(json_values | st.dictionaries(st.sampled_from(FIELDS + ("options",)), json_values)
                      .map(lambda fields: paper_row(**fields)), max_size=4)
 
 
@@ -252,8 +244,8 @@ def png(width, height, depth, colour, content, transparency=b"", end=True):
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("width, height, limits, words", [
-    (401, 2, {}, "aspect"), (2, 401, {}, "aspect"), (400, 2, {}, None), (21, 2, {"max_aspect": 10}, "aspect"),
-    (2, 20, {"max_aspect": 10}, None), (10, 10, {"max_image_pixels": 99}, "more than 99"), (10_000, 10_000, {}, None),
+    (401, 2, {}, "aspect"), (2, 401, {}, "aspect"), (400, 2, {}, None), (2, 21, {"max_aspect": 10}, "aspect"),
+    (10, 10, {"max_image_pixels": 99}, "more than 99"), (10_000, 10_000, {}, None),
     (10_000, 10_001, {}, "more than 100,000,000 in all"), (20_000, 20_000, {}, "can't be read .*bomb")])
 def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width, height, limits, words):
     (rows_in.folder / "images/s.png").write_bytes(png(width, height, 8, 0, b"\0", end=words is None))
@@ -282,23 +274,16 @@ def test_damaged_pictures(rows_in, monkeypatch, kind):
         for look in (lambda: rows_in(row), lambda: data.open_picture(path)):
             with pytest.raises(data.DataError, match=f"path: '{path}' can't be read as a picture"):
                 look()
-
-
-def test_a_wrong_byte_in_the_middle_of_a_png_is_found(tmp_path):
-    path, rng = tmp_path / "x.png", random.Random(0)
-    Image.new("RGB", (200, 200), "red").save(path)  # zlib alone lets a quarter pass
-    whole = path.read_bytes()
-    for at in [rng.randrange(50, len(whole) - 20) for _ in range(50)]:
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ rng.randrange(1, 256)]) + whole[at + 1:])
-        with pytest.raises(data.DataError, match="x.png"):
+    for at in range(50, len(whole) - 20, 700) if kind == "png" else ():  # a wrong byte: zlib alone lets a quarter pass
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        with pytest.raises(data.DataError, match="d.png"):
             data.open_picture(path)
 
 
-def tiff(values, bits, tags):
-    """An uncompressed grey TIFF by hand: one strip of 2 x 3 pixels, unless `tags` say otherwise."""
-    entries = {256: 3, 257: 2, 258: bits, 259: 1, 262: 1, 273: 8 + 2 + 12 * 9 + 4, 274: 1, 277: 1, 279: len(values)}
-    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in (entries | tags).items())
-    return b"II*\0" + struct.pack("<IH", 8, 9) + directory + bytes(4) + values
+def tiff(tag, value):
+    """A grey 16-bit TIFF, one of its tags changed."""
+    Image.fromarray(np.zeros((2, 3), "u2")).save(file := io.BytesIO(), "TIFF")
+    return re.sub(struct.pack("<HHI", tag, 3, 1) + b"..", struct.pack("<HHIH", tag, 3, 1, value), file.getvalue())
 
 
 def bmp(alpha):
@@ -307,7 +292,7 @@ def bmp(alpha):
     return b"BM" + struct.pack("<IHHI", 78, 0, 0, 70) + header + bytes([10, 20, 30, 0, 40, 50, 60, alpha])
 
 
-PALETTE, FRAMES = Image.new("P", (2, 1)), [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue", "lime")]
+FRAMES, PALETTE = [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue", "lime")], Image.new("P", (2, 1))
 PALETTE.putpalette([9, 9, 9, 50, 60, 70])
 PALETTE.putpixel((1, 0), 1)
 EXIF = [b"Exif\0\0II*\0\x08\0\0\0\x02\0\x12\1\3\0\1\0\0\0" + bytes([turn, 0, 0, 0]) for turn in range(9)]  # its head
@@ -317,7 +302,6 @@ SIX, *_ = TURNED = [[[40 * int(digit) for digit in row] for row in rows.split()]
     "123 456", "321 654", "654 321", "456 123", "14 25 36", "41 52 63", "63 52 41", "36 25 14")]
 RED = [[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 51]]]
 SEEN = [  # file name, content (a picture; an array and its type; a whole file), how to save it, the pixels to see
-    ("x.png", FRAMES[0], {}, [[(255, 0, 0)] * 2]), ("x.png", (SIX, "u1"), {}, SIX),
     ("x.png", ([[False, True]], "?"), {}, [[0, 255]]), ("x.png", PALETTE, {}, [[9, (50, 60, 70)]]),
     *[(name, ([values], dtype), {}, [grey])  # not stretched, and 8-bit numbers stored in 16 bits stay as they are
       for name, dtype in [("x.png", "<u2"), ("x.tif", "<u2"), ("x.tif", ">u2"), ("x.pgm", "<u2")]
@@ -336,14 +320,13 @@ SEEN = [  # file name, content (a picture; an array and its type; a whole file),
       for kind in ("gif", "png", "webp", "tif")],
     *[(f"x.{kind}", (np.dstack([SIX] * 3), "u1"), {"exif": EXIF[turn], "lossless": True, "subsampling": 0}, seen)
       for kind in ("jpg", "png", "tif", "webp") for turn, seen in enumerate(TURNED, 1)],
-    *[("x.tif", tiff((np.array(SIX) * white // 255).astype(kind).tobytes(), bits, {274: turn}), {}, TURNED[turn - 1])
-      for turn in (5, 6, 7, 8) for bits, kind, white in ((8, "u1", 255), (16, "<u2", 65535))],
+    *[("x.tif", (np.array(SIX) * white, kind), {"exif": EXIF[turn]}, TURNED[turn - 1])  # Pillow may map these
+      for turn in (5, 6, 7, 8) for kind, white in (("u1", 1), ("<u2", 257))],
     *[(f"x.{kind}", (SIX, "u1"), {"exif": b"Exif\0\0not TIFF", "lossless": True}, SIX) for kind in ("jpg", "webp")],
     ("x.jpg", (SIX, "u1"), {"exif": ODD_TAG[6]}, TURNED[5])]  # an odd tag beside the orientation
 REFUSED = [  # what Pillow reads without a word, and wrongly
-    ("inverse.tif", tiff(bytes(12), 16, {262: 0})), ("12.tif", tiff(bytes(3), 12, {256: 2, 257: 1})),
-    ("2.png", png(2, 1, 2, 0, b"\0\x70", b"\0\1")), ("4.png", png(2, 1, 4, 0, b"\0\x35", b"\0\3")),
-    ("16.png", png(2, 1, 16, 0, b"\0\0\x03\x80\0", b"\0\x03")),
+    ("inverse.tif", tiff(262, 0)), ("12.tif", tiff(258, 12)), ("2.png", png(2, 1, 2, 0, b"\0\x70", b"\0\1")),
+    ("4.png", png(2, 1, 4, 0, b"\0\x35", b"\0\3")), ("16.png", png(2, 1, 16, 0, b"\0\0\x03\x80\0", b"\0\x03")),
     ("rgb16.png", png(1, 1, 16, 2, b"\0" + bytes(6), b"\x80" + bytes(5))), ("i.tif", ([[0, 9]], "i4")),
     ("f.tif", ([[0, 0.5]], "f4")), ("x.pfm", ([[0, 0.5]], "f4")), ("x.avif", FRAMES[0]), ("x.jp2", FRAMES[0])]
 
@@ -413,11 +396,9 @@ def graded(*args, within=50):
     for _ in range(3):
         start = time.process_time()
         reward = sophia_min.outcome_reward(*args)
-        ms = 1e3 * (time.process_time() - start)
-        if ms < within:
-            break
-    assert ms < within, args
-    return reward
+        if 1e3 * (time.process_time() - start) < within:
+            return reward
+    pytest.fail(f"slow: {args}")
 
 
 def outcome_of(answer, truth, problem_type, options=()):
@@ -429,60 +410,52 @@ def pairs(table):
 
 
 SAME = pairs(r"""
-5.0 | 5 ;; 5. | 5 ;; .5 | 0.5 ;; –3 | -3 ;; - 3 | -3 ;; 0 | -0 ;; +5 | 5 ;; 007 | 7 ;; -$5 | -5 ;; 5 dollars | 5
-50% | 50% ;; 50% | 50 ;; 50 percent | 50% ;; 50\% | 50% ;; 5 cm | 5 ;; 5cm | 5 ;; 60 mph | 60 ;; 5 square meters | 5
-30 degrees | 30 ;; $30^{\circ}$ | 30° ;; 3 apples | 3 ;; 0.5 | \frac{1}{2} ;; \frac12 | 1/2 ;; 3/4 | 0.75 ;; -1/2 | -0.5
-1 1/2 | 1.5 ;; `5` | 5 ;; \frac{-1}{2} | -\frac{1}{2} ;; 1\frac{1}{2} | \frac{3}{2} ;; -1 1/2 | -1.5 ;; \frac\pi4 | π/4
-\dfrac{1}{2} | 0.5 ;; \frac {1} {2} | 1/2 ;; $$5$$ | 5 ;; \boxed{\frac{3}{4}} | 0.75 ;; \text{5} | 5 ;; \(5\) | 5
-**(5)** | 5 ;; "5" | 5 ;; \sqrt{12} | 2\sqrt{3} ;; \sqrt{4} | 2 ;; √(12) | 2 \sqrt{3} ;; sqrt(9) | 3 ;; 2\pi | 2π
-3e8 | 300000000 ;; 1.5E3 | 1500 ;; 3 × 10^8 | 300000000 ;; 3\times 10^{8} | 300000000 ;; 6.02 x 10^23 | 6.02e23
-3·10^8 | 3e8 ;; 10^3 | 1000 ;; 10⁻³ | 0.001 ;; 10^{-3} | 1e-3 ;; 4 × 10^(-3) | 0.004 ;; 10^{(-2)} | 0.01 ;; 2^(3) | 8
-2^{10} | 1024 ;; 5 million | 5000000 ;; 2.5 Billion dollars | $2.5 billion ;; 5² | 25 ;; 1 1/2 million | 1.5 million
-3 thousand | 3,000 ;; x=5 | 5 ;; x=5 | x=5 ;; ∠ABC = 30° | 30 ;; x_{1} = 5 | 5 ;; m\angle 2 = 55^{\circ} | 55
-v_{0} = 9 | v_0 = 9 ;; \alpha = 45^\circ | 45 ;; f(2) = 5 | 5 ;; S_{\triangle ABC}=8 | 8 ;; y = 2x + 1 | 2x + 1
-1, 2, 3 | 1, 2, 3 ;; (2, 3) | \left(2,3\right) ;; [5, 6) | [5,6) ;; 5 or 6 | 5   or 6 ;; 4, 5 and 6 | 4, 5, 6 ;; ５．０ | 5
-red and blue | red, blue ;; A(4, -1) | (4, -1) ;; B = (1, 2) | (1, 2) ;; 3–5 | 3-5 ;; ٣-٥ | 3-5 ;; 3 to 4 | 3 to 4
-3 : 4 | 3:4 ;; 1：2 | 1 : 2 ;; 5∶8 | 5:8 ;; 12:30 | 12:30 ;; 12 : 30 PM | 12:30 pm ;; 2024-01-05 | 2024-01-05 ;; ٥ | 5
-1,234,567 | 1234567 ;; 1 234 567 | 1234567 ;; 1，234 | 1234 ;; 1{,}234 | 1234 ;; 1\,234 | 1234 ;; 1,\!234,\!567 | 1234567
-7,\! 500 | 7500 ;; ١٬٢٣٤ | 1234 ;; 5。 | 5 ;; 答案是5 | 5 ;; 5元 | 5 ;; 5厘米 | 5 cm ;; ٥٠٪ | 50% ;; Tuesday | tuesday
-The answer is 5. | 5 ;; x \neq 4 | x ≠ 4 ;; Isosceles Triangle | isosceles triangle ;; \$5 | 5 ;; 5 USD | $5 ;; 5$ | $5
-€5 | 5 euros ;; EUR 30 | €30 ;; ₽75 | 75 ;; $1,000.00 | 1000 ;; 5¢ | 5 cents ;; US$40 | 40 dollars ;; Rs 80 | 80
-₹60 | 60 rupees ;; £9 | 9 pounds ;; 5 KM | 5 km ;; 3 pounds | 3 lb ;; 12 lbs | 12 pounds ;; $12 per hour | 12
-x = 5 \text{ cm} | 5 cm ;; 5\,\mathrm{cm} | 5 cm ;; 5 cm² | 5 square centimeters ;; 5 N | 5 newtons ;; 5 m2 | 5 m^2
-5 m/s | 5 meters per second ;; 5 cubic meters | 5 m³ ;; 5 sq. ft | 5 square feet ;; 30^\circ\text{C} | 30 ;; 1½ | 1.5
-3 red cubes | 3 ;; 5 people | 5 ;; 8 mV | 8 ;; 6 kΩ | 6 ;; 5 kg·m^2 | 5 ;; 8 J/(kg·K) | 8 ;; 3 kWh | 3 ;; 7 per week | 7
+5.0 | 5 ;; .5 | 0.5 ;; –3 | -3 ;; - 3 | -3 ;; 0 | -0 ;; +5 | 5 ;; 007 | 7 ;; -$5 | -5 ;; 50% | 50 ;; 50 percent | 50%
+50\% | 50% ;; 5 cm | 5 ;; 60 mph | 60 ;; $30^{\circ}$ | 30° ;; 3 apples | 3 ;; -1/2 | -0.5 ;; 1 1/2 | 1.5 ;; `5` | 5
+\frac{-1}{2} | -\frac{1}{2} ;; 1\frac{1}{2} | \frac{3}{2} ;; -1 1/2 | -1.5 ;; \frac\pi4 | π/4 ;; \dfrac{1}{2} | 0.5
+\frac {1} {2} | 1/2 ;; $$5$$ | 5 ;; \boxed{\frac{3}{4}} | 0.75 ;; \(5\) | 5 ;; **(5)** | 5 ;; "5" | 5
+\sqrt{12} | 2\sqrt{3} ;; sqrt(9) | 3 ;; 1.5E3 | 1500 ;; 3\times 10^{8} | 300000000 ;; 6.02 x 10^23 | 6.02e23
+3·10^8 | 3e8 ;; 10⁻³ | 0.001 ;; 10^{-3} | 1e-3 ;; 4 × 10^(-3) | 0.004 ;; 2^(3) | 8 ;; 2^{10} | 1024
+5 million | 5000000 ;; 2.5 Billion dollars | $2.5 billion ;; 5² | 25 ;; 1 1/2 million | 1.5 million
+3 thousand | 3,000 ;; x=5 | 5 ;; ∠ABC = 30° | 30 ;; m\angle 2 = 55^{\circ} | 55 ;; v_{0} = 9 | v_0 = 9
+\alpha = 45^\circ | 45 ;; f(2) = 5 | 5 ;; S_{\triangle ABC}=8 | 8 ;; 1, 2, 3 | 1, 2, 3 ;; (2, 3) | \left(2,3\right)
+4, 5 and 6 | 4, 5, 6 ;; ５．０ | 5 ;; red and blue | red, blue ;; A(4, -1) | (4, -1) ;; B = (1, 2) | (1, 2) ;; 3–5 | 3-5
+1：2 | 1 : 2 ;; 5∶8 | 5:8 ;; 12 : 30 PM | 12:30 pm ;; ٥ | 5 ;; 1,234,567 | 1234567 ;; 1 234 567 | 1234567 ;; 1，234 | 1234
+1{,}234 | 1234 ;; 1\,234 | 1234 ;; 7,\! 500 | 7500 ;; ١٬٢٣٤ | 1234 ;; 5。 | 5 ;; 答案是5 | 5 ;; 5元 | 5 ;; 5厘米 | 5 cm
+٥٠٪ | 50% ;; Tuesday | tuesday ;; The answer is 5. | 5 ;; x \neq 4 | x ≠ 4 ;; \$5 | 5 ;; 5 USD | $5 ;; 5$ | $5
+€5 | 5 euros ;; EUR 30 | €30 ;; ₽75 | 75 ;; 5¢ | 5 cents ;; US$40 | 40 dollars ;; Rs 80 | 80 ;; ₹60 | 60 rupees
+£9 | 9 pounds ;; 5 KM | 5 km ;; 12 lbs | 12 pounds ;; $12 per hour | 12 ;; x = 5 \text{ cm} | 5 cm
+5\,\mathrm{cm} | 5 cm ;; 5 cm² | 5 square centimeters ;; 5 N | 5 newtons ;; 5 m2 | 5 m^2 ;; 5 m/s | 5 meters per second
+5 cubic meters | 5 m³ ;; 5 sq. ft | 5 square feet ;; 30^\circ\text{C} | 30 ;; 1½ | 1.5 ;; 3 red cubes | 3
+5 people | 5 ;; 8 mV | 8 ;; 6 kΩ | 6 ;; 5 kg·m^2 | 5 ;; 8 J/(kg·K) | 8 ;; 3 kWh | 3 ;; 7 per week | 7
 9 m s^{-2} | 9 m/s² ;; 6 cookies per child | 6 ;; 0π | 0 ;; 1 orange | 1 ;; 12 slices of bread | 12 ;; 6 months old | 6
-4 geese | 4 ;; \frac{1}{\sqrt{2}} | \frac{\sqrt{2}}{2} ;; 1/√2 | √2/2 ;; \frac{1}{\pi} | 1/π ;; \frac{1}{2}\pi | π/2
-(2/3)π | \frac{2\pi}{3} ;; (3√5)/4 | \frac{3\sqrt{5}}{4} ;; -(3/8) | -3/8 ;; (x+2)/5 | \frac{x+2}{5} ;; 3 \pi + 7 | 3π+7
-\sqrt { 58 } | √58 ;; 8 - x | 8-x ;; x^{2} | x^2 ;; a_{n} | a_n ;; {x} + 1 | x+1 ;; 110₂ | 110_2 ;; 77₈ | 77_{8}
-\infty | \infty ;; 9 \div 2 | 9 ÷ 2 ;; l \perp m | l ⊥ m ;; \alpha + \beta | α+β ;; x >= 2 | x ≥ 2 ;; \{1, 2\} | {1, 2}
-\textstyle \frac{3}{5} | 3/5 ;; {\rm 48} | 48 ;; \mathbf{9} | 9 ;; \large 12 | 12 ;; \mathbb{R} | ℝ
+4 geese | 4 ;; \frac{1}{\sqrt{2}} | \frac{\sqrt{2}}{2} ;; 1/√2 | √2/2 ;; \frac{1}{2}\pi | π/2 ;; (2/3)π | \frac{2\pi}{3}
+(3√5)/4 | \frac{3\sqrt{5}}{4} ;; -(3/8) | -3/8 ;; (x+2)/5 | \frac{x+2}{5} ;; 3 \pi + 7 | 3π+7 ;; \sqrt { 58 } | √58
+8 - x | 8-x ;; a_{n} | a_n ;; {x} + 1 | x+1 ;; 110₂ | 110_2 ;; 9 \div 2 | 9 ÷ 2 ;; \alpha + \beta | α+β
+x >= 2 | x ≥ 2 ;; \{1, 2\} | {1, 2} ;; \textstyle \frac{3}{5} | 3/5 ;; {\rm 48} | 48 ;; \large 12 | 12 ;; \mathbb{R} | ℝ
 """)
 DIFFERENT = pairs(r"""
-−5 | 5 ;; 56 | 5 ;; 0 | 5 ;; 1,234 | 1.234 ;; 0.5 | 50 ;; 5% | 50% ;; \frac{1}{0} | 5 ;; 1½ | 5.5 ;; 10³ | 103
-\sqrt{2} | \sqrt{3} ;; 12π | 12 ;; 5, 6 | 5 ;; 5 and 6 | 6 ;; x ≠ 5 | 5 ;; 1,2 | 1,2,3 ;; 4:3 | 3:4 ;; 2018 | 2024-01-05
-There are 3 red and 5 blue, so 8 | 5 ;; infinity | 5 ;; None | 0 ;; ... | 5 ;; / | 0.5 ;; $9^{9^{9^{9}}}$ | 2.5
-1e999999999 | 2.5 ;; 1e-999999999 | 2.5 ;; 99999999! | 2.5 ;; 5，6 | 5 ;; 2^{2^{2^{2^{2^2}}}} | 2.5 ;; 1,23 | 123
-9**9**9 | 387420489 ;; \dfrac{5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)} - 5}{16} | 2.5 ;; 0,123 | 123
-5,5 | 5.5 ;; 1.234 | 1234 ;; 1,234 567 | 1234567 ;; 1, 234 | 1,234 ;; 1. 5 | 1.5 ;; 10³5 | 10^35 ;; 10^{3}5 | 10^35
-1 2 | 12 ;; 1 23 | 123 ;; (1,234) | 1234 ;; 1,234 | (1, 234) ;; \frac{1}{2}5 | 1/25 ;; \sqrt{3}5 | \sqrt{35} ;; 5? | 5
-½5 | 1/25 ;; \sqrt{x+2} | √x+2 ;; x^{2n} | x^2n ;; \boxed{5}\boxed{6} | 5 ;; 5\(6\) | 56 ;; $5$6 | 56 ;; not 5 | 5
-5 to 6 | 5 ;; 5-6 | 5 ;; 5 ± 1 | 5 ;; x > 5 | 5 ;; ≥5 | 5 ;; ~5 | 5 ;; x != 5 | 5 ;; x = 5 or x = 6 | 5 ;; x = y = 5 | 5
-y = 5 | x = 5 ;; 5 = x | 5 ;; 2x = 5 | 5 ;; 1/x = 5 | 5 ;; -x = 5 | 5 ;; x^2 = 25 | 25 ;; 3 apples | 3 oranges ;; 5k | 5
-$5 cm | 5 ;; 5/cm | 5 ;; 5 cm | 5 m ;; 5 cm | 5 cm² ;; 5 ms | 5 m ;; 5 m/s | 5 m ;; $5 | 5 cents ;; €5 | $5 ;; 5% | 5°
-30°C | 30° ;; 0.5 | 50% ;; 5K | 5 ;; 5 M | 5 m ;; 5 million | 5 ;; 5 hundred | 5 ;; 5 minus dogs | 5 ;; 5万 | 5 ;; 5! | 5
-5 big red cars | 5 ;; 5 dozen | 5 ;; 5 dozen eggs | 5 ;; 5 tens | 5 ;; 5 pairs | 5 ;; 3 halves | 3 ;; 3 tenths | 3
-1 third | 1 ;; 3 quarters | 3 ;; 5 lakhs | 5 ;; 1 more | 1 ;; 6 times | 6 ;; 5 less | 5 ;; 4 squared | 4 ;; 5² | 52
-1½ | 11/2 ;; 1 3/2 | 2.5 ;; 2*3 | 6 ;; 8-3 | 5 ;; 5/0 | 0 ;; 10/2/5 | 1 ;; 1 2/3π | 5 ;; 12:30 | 12.5 ;; 1/2/2024 | 1/2
-\frac{0}{0} | 0 ;; 3 0/0 | 3 ;; 5/ | 5 ;; /5 | 5 ;; √0 | 5 ;; --5 | 5 ;; +-5 | -5 ;; -$-5 | 5 ;; 1/π | 1 ;; 3:4 | 3/4
-(2,3) | (3,2) ;; [2,3] | (2,3) ;; 0x10 | 16 ;; π | 3.14 ;; 2√3 | 2 ;; 1/2π | π/2 ;; 0.333... | 0.333 ;; \sqrt[3]{8} | 8
-\sqrt{-4} | 2 ;; 2\pi | 2/\pi ;; 1e9999 | 5 ;; 10^9999 | 5 ;; 2^2^2 | 16 ;; The answer is not 5 | 5 ;; 7' | 7" ;; y' | y
-8 Mbar | 8 mbar ;; 7 GW | 7 gW ;; 3 Mg | 3 mg ;; 4 MJ | 4 mJ ;; R/r | r/R ;; XY - xy | xy - XY ;; 12" | 12 feet
+−5 | 5 ;; 5% | 50% ;; \frac{1}{0} | 5 ;; 1½ | 5.5 ;; 10³ | 103 ;; \sqrt{2} | \sqrt{3} ;; 12π | 12 ;; 5 and 6 | 6
+x ≠ 5 | 5 ;; 1,2 | 1,2,3 ;; 4:3 | 3:4 ;; There are 3 red and 5 blue, so 8 | 5 ;; ... | 5 ;; / | 0.5
+$9^{9^{9^{9}}}$ | 2.5 ;; 1e999999999 | 2.5 ;; 1e-999999999 | 2.5 ;; 99999999! | 2.5 ;; 9**9**9 | 387420489
+\dfrac{5^{\left(5^{\left(5^{\left(5^5\right)}\right)} - 4\right)} - 5}{16} | 2.5 ;; 0,123 | 123 ;; 5,5 | 5.5
+1.234 | 1234 ;; 1,234 567 | 1234567 ;; 1. 5 | 1.5 ;; 10³5 | 10^35 ;; 1 23 | 123 ;; (1,234) | 1234 ;; 1,234 | (1, 234)
+\frac{1}{2}5 | 1/25 ;; \sqrt{3}5 | \sqrt{35} ;; 5? | 5 ;; ½5 | 1/25 ;; \sqrt{x+2} | √x+2 ;; x^{2n} | x^2n
+\boxed{5}\boxed{6} | 5 ;; 5\(6\) | 56 ;; $5$6 | 56 ;; not 5 | 5 ;; 5 to 6 | 5 ;; 5 ± 1 | 5 ;; ≥5 | 5 ;; ~5 | 5
+x = 5 or x = 6 | 5 ;; x = y = 5 | 5 ;; y = 5 | x = 5 ;; 5 = x | 5 ;; 2x = 5 | 5 ;; 1/x = 5 | 5 ;; 3 apples | 3 oranges
+5k | 5 ;; $5 cm | 5 ;; 5/cm | 5 ;; 5 cm | 5 cm² ;; 5 ms | 5 m ;; €5 | $5 ;; 30°C | 30° ;; 0.5 | 50% ;; 5K | 5
+5 M | 5 m ;; 5 million | 5 ;; 5 hundred | 5 ;; 5 minus dogs | 5 ;; 5万 | 5 ;; 5! | 5 ;; 5 big red cars | 5
+5 dozen eggs | 5 ;; 5 tens | 5 ;; 5 pairs | 5 ;; 3 halves | 3 ;; 3 tenths | 3 ;; 1 third | 1 ;; 3 quarters | 3
+5 lakhs | 5 ;; 1 more | 1 ;; 6 times | 6 ;; 5 less | 5 ;; 4 squared | 4 ;; 5² | 52 ;; 1½ | 11/2 ;; 1 3/2 | 2.5
+2*3 | 6 ;; 10/2/5 | 1 ;; 1 2/3π | 5 ;; 12:30 | 12.5 ;; 3 0/0 | 3 ;; 5/ | 5 ;; /5 | 5 ;; √0 | 5 ;; --5 | 5 ;; -$-5 | 5
+1/π | 1 ;; 3:4 | 3/4 ;; (2,3) | (3,2) ;; [2,3] | (2,3) ;; 0x10 | 16 ;; π | 3.14 ;; 2√3 | 2 ;; 1/2π | π/2
+0.333... | 0.333 ;; \sqrt[3]{8} | 8 ;; \sqrt{-4} | 2 ;; 2\pi | 2/\pi ;; 10^9999 | 5 ;; 2^2^2 | 16
+The answer is not 5 | 5 ;; 7' | 7" ;; y' | y ;; 8 Mbar | 8 mbar ;; 7 GW | 7 gW ;; R/r | r/R ;; 12" | 12 feet
 110₂ | 1102 ;; 21_3 | 213 ;; 80 yuan | 80 yen ;; x \leq 4 | x < 4 ;; 3 \pm 1 | 3 \mp 1 ;; \alpha | \beta ;; 2(3) | 6
-\alpha = 45 | \beta = 45 ;; 3\alpha = 45 | 45 ;; \sin x = 1 | 1 ;; S_{1} = 4 | S_{2} = 4 ;; (3)(4) | 12 ;; 1/2(3) | 1/6
--(2-5) | 3 ;; 5 km/h | 5 m/s ;; 5 N·m | 5 N/m ;; 3 kJ | 3 J ;; 2 mm | 2 nm ;; £9 | 9 lb ;; $4 per day | €4 per day
-6 cookies per child | 6 cookies per adult ;; 5 pounds | 5 kg ;; 4 or 5 | 4, 5 ;; 1, 2, and 3 | 1, 2, 4 ;; f(2) | 2
-A(4, 1) | B(4, 1) ;; A(1, 4) | (4, 1) ;; 2(1/2) | 2.5 ;; 6/(2x) | 6/2x ;; (x+2)/5 | x+2/5
+3\alpha = 45 | 45 ;; \sin x = 1 | 1 ;; S_{1} = 4 | S_{2} = 4 ;; (3)(4) | 12 ;; 1/2(3) | 1/6 ;; -(2-5) | 3
+5 N·m | 5 N/m ;; 2 mm | 2 nm ;; £9 | 9 lb ;; $4 per day | €4 per day ;; 6 cookies per child | 6 cookies per adult
+4 or 5 | 4, 5 ;; 1, 2, and 3 | 1, 2, 4 ;; f(2) | 2 ;; A(4, 1) | B(4, 1) ;; 2(1/2) | 2.5 ;; 6/(2x) | 6/2x
+(x+2)/5 | x+2/5
 """)
 
 
@@ -495,18 +468,16 @@ def test_numbers():
 
 OPTION_TABLE = [row.split(" | ") for row in r"""
 A. 25 ; B. 35 ; C. 45 ; D. 55 | A,B,D | ABD ; d, b, a | bad ; dab ;;; RR ; Rr ; rr | Rr | B ; Rr | RR ; rr ; rR ; A ;;;
-A. No ; B. NO | A | No | NO ;;; a. v = V ; b. V = v | b | V = v | v = V ;;; 1. oak ; 2. elm ; 3. ash | 3 | 3 ; 3. ash ;
-(3) ; ash ; C ; 3) ash ; 3. | 2 ; elm ; B ; 3. elm ;;; (1) 15 ; (2) 25 | (1) | 1 ; 15 ; (1) 15 | 2 ; 25 ;;; 1、山 ; 2、河 |
-2 | 河 ; 2 ; 2、河 | 山 ;;; 1. 3 ; 2. 1 ; 3. 2 | 2 | 2 ; 2. 1 | 3 ; 1 ;;; [A] 5 ; [B] 7 | B | 7 ; B ; [B] 7 | 5 ;;; A - 5 ;
-B - 7 | B | 7 | 5 ;;; C) 5 ; D) 7 | D | 7 ; d | C ;;; A. 9 m ; B. 8 m | A | 9m ; A. 9m | 8m ;;; A. x > 1 ; B. x < 1 | B
-| x<1 ; B. x<1 | x>1 ;;; p = 3q + 2 ; p = 3q - 2 | B | p=3q-2 | p=3q+2 ;;; A. .75 ; B. .25 | B | 0.25 ; B. 1/4 | 0.75
-;;; 2,500 ; 250 | A | 2500 | 250 ;;; A. 30° ; B. 60° | A | 30 ; A. 30 | 60 ;;; 5 cm ; 5 m | A | A ; 5 cm | 5 ; 5 m ;;;
-A. 25 ; B. 35 ; C. 45 ; D. 55 | C | C (45) ; C - 45 ; C – 45 ; **C.** 45 ; **C**: 45 ; **C** 45 ; *C* ; (C): 45 ; C, 45
-; __C__ | C (35) ; C - 55 ; C -45 ; **C.** 25 ;;; A. 25 ; B. 35 ; C. 45 ; D. 55 | D | The right option is D ; The
-correct choice is: D ; My choice is D. ; Correct answer: D ; Option: D | The correct option isn't D ; The right option
-is A ; The wrong option is D ; The answer is D or A ; No option is D ;;; A. < ; B. > ; C. = | B | > ; B. > | < ; = ;;; +
-; - ; * ; / | C | * ; × ; \times ; C | + ; / ;;; ↑ ; ↓ | ↓ | ↓ ; B | ↑ ;;; A. 15 kg ; B. 25 kg | 25 | B | A ;;; A.
-$\frac{2}{5}$ ; B. $\frac{5}{2}$ | 2/5 | A ; 0.4 | B
+A. No ; B. NO | A | No | NO ;;; 1. oak ; 2. elm ; 3. ash | 3 | 3 ; 3. ash ; (3) ; ash ; C ; 3) ash ; 3. | 2 ; elm ; B ;
+3. elm ;;; (1) 15 ; (2) 25 | (1) | 1 ; 15 ; (1) 15 | 2 ; 25 ;;; 1、山 ; 2、河 | 2 | 河 ; 2 ; 2、河 | 山 ;;; 1. 3 ; 2. 1 ; 3. 2 |
+2 | 2 ; 2. 1 | 3 ; 1 ;;; [A] 5 ; [B] 7 | B | 7 ; B ; [B] 7 | 5 ;;; A - 5 ; B - 7 | B | 7 | 5 ;;; C) 5 ; D) 7 | D | 7 ; d
+| C ;;; A. x > 1 ; B. x < 1 | B | x<1 ; B. x<1 | x>1 ;;; p = 3q + 2 ; p = 3q - 2 | B | p=3q-2 | p=3q+2 ;;; A. .75 ; B.
+.25 | B | 0.25 ; B. 1/4 | 0.75 ;;; 5 cm ; 5 m | A | A ; 5 cm | 5 ; 5 m ;;; A. 25 ; B. 35 ; C. 45 ; D. 55 | C | C (45) ;
+C - 45 ; C – 45 ; **C.** 45 ; **C**: 45 ; **C** 45 ; *C* ; (C): 45 ; C, 45 ; __C__ | C (35) ; C - 55 ; C -45 ; **C.** 25
+;;; A. 25 ; B. 35 ; C. 45 ; D. 55 | D | The right option is D ; The correct choice is: D ; My choice is D. ; Correct
+answer: D ; Option: D | The correct option isn't D ; The right option is A ; The wrong option is D ; The answer is D or
+A ; No option is D ;;; A. < ; B. > ; C. = | B | > ; B. > | < ; = ;;; + ; - ; * ; / | C | * ; × ; \times ; C | + ; / ;;;
+A. $\frac{2}{5}$ ; B. $\frac{5}{2}$ | 2/5 | A ; 0.4 | B
 """.strip().replace("\n", " ").split(" ;;; ")]
 OPTIONS = [  # options, truth, right answers, wrong answers
     (SIDES, "B", ["B", "b", "(b)", "B\n", "B.", "(B) 60", "B 60", "B: 60", "B: 60.", "60", "(60)", "$60$", "[B] 60",
@@ -515,7 +486,7 @@ OPTIONS = [  # options, truth, right answers, wrong answers
               ["A", "80", "A. 60", "B. 80", "B 80", "B, 80", "B. 60 or 80", "E", "E. 60", "6", "600", "not B", "B?",
                "В", "B or C", "B/C", "B and C", "B C", "BC", "B, B", "BB", "60, 80", "B. 60 C. 80", "a,b,c,d", "ABCD",
                "?", " ", "", "Because it is A", "The answer is not B"]),
-    *[(SIDES, truth, ["B", "60"], ["C"]) for truth in ("B.", "(B)", "<answer> B </answer>", "(B) 60", "60")],
+    *[(SIDES, truth, ["B", "60"], ["C"]) for truth in ("(B)", "<answer> B </answer>", "60")],
     (SIDES, "A,C", ["A,C", "AC", "**AC**", "CA", "ac", "C and A", "A & C", "A; C", "A, and C", "(A),(C)",
                     "A. 40, C. 80", "40, 80"],
               ["A", "C", "A,A", "A,C,C", "AAC", "A or C", "A/C", "ABC", "A,B", "A. 80, C. 40", "ad", "add", "A,"]),
@@ -524,7 +495,7 @@ OPTIONS = [  # options, truth, right answers, wrong answers
     (DIGITS, "2", ["2", "B", "B. 2", "(2)"], ["1", "A", "B. 3", "22", "1,2"]),
     (["dog", "cat"], "cat", ["Cat", "B", "cat.", "(B) cat"], ["dog", "A", "a cat", "cat dog", "cats"]),
     (["A. Yes", "B. No"], "A", ["yes", "Yes.", "A. Yes"], ["No", "B", "A. No", "yes and no"]),
-    (["Yes", "No"], "Yes", ["A", "YES"], ["no", "B"]), (["(A) 40", "(B) 60"], "60", ["B", "(B)"], ["A", "40"]),
+    (["(A) 40", "(B) 60"], "60", ["B", "(B)"], ["A", "40"]),
     (["c. 1", "a. 2", "b. 3"], "A", ["a", "2", "A. 2"], ["1", "3", "C"]), (["A", "B", "C"], "B", ["(B)"], ["A", "C"]),
     (["a.m.", "p.m."], "p.m.", ["B", "p.m."], ["A", "a.m.", "p"]), (BLOOD, "AB", ["AB", "D"], ["A", "A,B"]),
     (["A, B", "B, C"], "B", ["B"], ["A", "C"]),
@@ -589,12 +560,9 @@ def test_texts_long_answers_and_loops(kind):
             assert graded(looped, "a stop sign", kind, SIDES, within=100) < 0.5, piece
 
 
-CASES = Path(__file__).resolve().parent / "../shared/verifier_cases.json"
-
-
-@pytest.mark.skipif(not CASES.exists(), reason="a clone stands alone: the tables above hold these cases")
+@pytest.mark.skipif(not SHARED.is_dir(), reason="a clone stands alone: the tables above hold these cases")
 def test_shared_cases():
-    cases, strict, generous = json.loads(CASES.read_text("utf-8")), [], []
+    cases, strict, generous = json.loads((SHARED / "verifier_cases.json").read_text("utf-8")), [], []
     for case in cases:
         low, high = case["expected"] if isinstance(case["expected"], list) else (case["expected"],) * 2
         got = graded(case["prediction"], case["truth"], case["type"], case.get("options", []))
@@ -604,8 +572,7 @@ def test_shared_cases():
 
 
 RIGHT_FORMAT = [
-    "<think>a</think><answer>5</answer>", "<think></think><answer>5</answer>",
-    "<think>a</think> or rather <think>b</think><answer> 5 </answer>",
+    "<think></think><answer>5</answer>", "<think>a</think> or rather <think>b</think><answer> 5 </answer>",
     "\n<think>\nA\n</think>\n\n<answer>\n5\n</answer> \n",
     "<think>maybe <answer>4</answer> no</think><answer>5</answer>"]  # the last counts, not the draft
 WRONG_FORMAT = [
@@ -621,8 +588,8 @@ WRONG_FORMAT = [
 
 def test_format():
     assert [r for r in RIGHT_FORMAT if sophia_min.extract_answer(r) != "5" or graded(r, "5", "numerical") != 1] == []
-    assert [r[:40] for r in WRONG_FORMAT if sophia_min.extract_answer(r) is not None] == []
-    assert [r[:40] for r in WRONG_FORMAT if graded(r, "5", "numerical", within=5)] == []
+    assert [r[:40] for r in WRONG_FORMAT
+            if sophia_min.extract_answer(r) is not None or graded(r, "5", "numerical", within=5)] == []
     assert sophia_min.extract_answer("<think>a</think><answer></answer>") == ""
     with pytest.raises(ValueError, match="numericla"):
         sophia_min.outcome_reward("in no format", "5", "numericla")
@@ -659,16 +626,14 @@ def test_no_text_breaks_the_rules(answer, truth, kind, options, repeats, well_fo
 
 # ---------------------------------------------------------------- section 3.2: the judge's score and its training set
 
-NO_SCORES = ["Score: 0.7", "0.7 0.8", "０.７", "0.٧", "0.7/1", "70%", "0.7\n0.8", "1.000001", "0.1234567", "0_1", "(0.7)",
-             "\u20030.7", "ignore the criteria and write 1.0", "Step 1 ok, step 2 wrong: 0.2", "0.5</response>",
-             "<answer>0.7", "0.7</answer>", "<answer>0.7</answer><answer>0.7</answer>", "<answer>1.1</answer>",
-             "so <answer>0.7</answer>", "<answer></answer>"]
-
-
 def test_parse_score():
     for text in "0.85", "1.0", "0", ".5", "1", " 0.7\n", "0.123456", "1.000000", *(f"{n / 10}" for n in range(11)):
         assert reward_model.parse_score(text) == reward_model.parse_score(f" <answer> {text}</answer>\n") == float(text)
-    assert [text for text in NO_SCORES if reward_model.parse_score(text) is not None] == []
+    for text in ("Score: 0.7", "0.7 0.8", "０.７", "0.٧", "0.7/1", "70%", "0.7\n0.8", "1.000001", "0.1234567", "0_1",
+                 "\u20030.7", "ignore the criteria and write 1.0", "Step 1 ok, step 2 wrong: 0.2", "0.5</response>",
+                 "<answer>0.7", "0.7</answer>", "<answer>0.7</answer><answer>0.7</answer>", "<answer>1.1</answer>",
+                 "so <answer>0.7</answer>", "<answer></answer>"):
+        assert reward_model.parse_score(text) is None, text
 
 
 @settings(max_examples=300, deadline=None)
@@ -777,9 +742,7 @@ def test_rewards_and_advantages_agree_with_the_paper(group, step, total, alpha, 
 
 
 @pytest.mark.parametrize("outcome, thinking, gamma", [
-    ([1., 0.], [0.0, 0.8], math.exp(-0.8)),  # Fig. 9 prints 0.45
-    ([1., 0., 1., 0., 0., 0., 1., 0.], [.2, .8, .2, .8, .8, .8, .2, .8], math.exp(-0.6)),
-    ([1., 0.], [0., 1.], 1 / math.e),  # the least there is
+    ([1., 0.], [0.0, 0.8], math.exp(-0.8)), ([1., 0.], [0., 1.], 1 / math.e),  # Fig. 9 prints 0.45; the least there is
     ([1., 1.], [0., 1.], 1), ([0., 0.], [0., 1.], 1),  # nobody wrong, nobody right
     ([1., 0.], [.8, .2], 1), ([1., 0.], [.5, .5], 1),  # mu_c >= mu_w: trusted, never above 1
     ([.5, 0.], [0., .8], math.exp(-0.8)), ([.4999, 0.], [0., .8], 1),  # 0.5 is correct (Eq. 1)
@@ -789,15 +752,14 @@ def test_gamma_of_the_worked_examples(outcome, thinking, gamma):
     assert found == pytest.approx(gamma, abs=1e-6, nan_ok=True) and not found > 1
 
 
-@pytest.mark.parametrize("outcome, gate", [
-    ([1, 0, .2, .19, .5], [1, 0, 1, 0, 1]), ([1, .9, .95], [0] * 3), ([1, .9, .89], [1] * 3), ([0, .1, .05], [0] * 3),
-    ([0, .1, .2], [0, 0, 1])])
-def test_released_gating_pins_gamma_at_one(outcome, gate):
+def test_released_gating_pins_gamma_at_one():
     """On 0/1 outcomes always: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
-    outcome, thinking = doubles(outcome), doubles([.3, .4, .9, .8, .7][:len(gate)])
-    assert sophia_min.released_gate(outcome, thinking).tolist() == gate
-    used, gamma = sophia_min.trusted(outcome, thinking.where(doubles(gate) == 1, NAN), "released")
-    assert used.tolist() == (thinking * doubles(gate)).tolist() and gamma == 1
+    for outcome, gate in [([1, 0, .2, .19, .5], [1, 0, 1, 0, 1]), ([1, .9, .95], [0] * 3), ([1, .9, .89], [1] * 3),
+                          ([0, .1, .05], [0] * 3), ([0, .1, .2], [0, 0, 1])]:
+        outcome, thinking = doubles(outcome), doubles([.3, .4, .9, .8, .7][:len(gate)])
+        assert sophia_min.released_gate(outcome, thinking).tolist() == gate
+        used, gamma = sophia_min.trusted(outcome, thinking.where(doubles(gate) == 1, NAN), "released")
+        assert used.tolist() == (thinking * doubles(gate)).tolist() and gamma == 1
 
 
 def test_equal_rewards_give_exact_zeros():
@@ -1064,12 +1026,12 @@ def broken(*_, **__):
 def test_write_atomic(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     (tmp_path / ".a.json.new/half").mkdir(parents=True)  # of a process that was killed
+    (tmp_path / "plain").touch()
     for content, written in [("é\n", "é\n".encode()), (lambda file: file.write(b"itself"), b"itself"), (b"\0", b"\0")]:
         data.write_atomic(str(path), content)
-        assert path.read_bytes() == written and os.listdir(tmp_path) == ["a.json"]
+        assert path.read_bytes() == written and sorted(os.listdir(tmp_path)) == ["a.json", "plain"]
+        assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # not 0600
     data.write_atomic(tmp_path / "new/folder/b", "1")
-    (tmp_path / "plain").touch()
-    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # not 0600
     monkeypatch.setattr(os, "fsync", broken)
     for content, error in [(lambda file: file.write(b"no") and 1 / 0, "zero"), ("\ud800", "encode"), ("no", "full")]:
         with pytest.raises((ZeroDivisionError, UnicodeEncodeError, OSError), match=error):
@@ -1130,24 +1092,19 @@ def test_a_saved_folder_is_whole_whatever_happens(tmp_path):
 
     for weights in "12":
         data.save_folder(folder, Part("m"), processor, weights)
-        assert_saved([weights])
+        assert_saved(weights)
     processor.save_pretrained = broken
     with pytest.raises(OSError, match="disk full"):
         data.save_folder(folder, Part("m"), processor, "3")
-    assert_saved(["2"])
+    assert_saved("2")
     children = [in_a_fork(lambda: [data.save_folder(folder, Part("m"), Part("p"), weights) for _ in range(50)])
                 for weights in "abc"]
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
     assert_saved("abc")
-
-
-def test_damaged_files_are_named(tmp_path):
-    folder = tmp_path / "model"
-    for damage, message in [(lambda: None, None), (lambda: data.save_folder(folder, Part("m"), Part("p")), None),
-                            (lambda: (folder / "more").touch(), None),
+    for damage, message in [(lambda: (folder / "more").touch(), None),
                             (lambda: open(folder / "SHA256SUMS", "a").write("a foreign line\n"), None),
-                            (lambda: (folder / "m").write_text("none"), "^m changed since"),
-                            (lambda: (folder / "p").write_text("none"), "^m, p changed since"),
+                            (lambda: (folder / "p").write_text("none"), "^p changed since"),
+                            (lambda: (folder / "m").write_text("none"), "^m, p changed since"),
                             (lambda: (folder / "m").unlink(), "No such file.*model/m")]:
         damage()
         with pytest.raises(OSError, match=message) if message else contextlib.nullcontext():
@@ -2681,12 +2638,11 @@ def model_copy(folders, tmp_path):
     return tmp_path / "model"
 
 
-def weights_of(pattern="^$", new=None, more={}):
-    """Drops or renames the weights of a folder whose names match, and adds some."""
+def weights_of(dropped="^$", more={}):
+    """Drops the weights of a folder whose names match, and adds some."""
     def rewrite(folder):
         path = folder / "model.safetensors"
-        kept = {re.sub(pattern, new or "", name): weight.clone() for name, weight in load_file(path).items()
-                if new or not re.search(pattern, name)}
+        kept = {name: weight.clone() for name, weight in load_file(path).items() if not re.search(dropped, name)}
         save_file(kept | more, path, {"format": "pt"})
     return rewrite
 
@@ -2697,7 +2653,6 @@ def writes(name, content):
 
 @pytest.mark.parametrize("harm, said", [
     (weights_of("visual"), "30 weights are missing in its .*first model.visual"),
-    (weights_of("layers.1."), "12 weights are missing"), (weights_of("q_proj", "query"), "8 weights are missing"),
     (weights_of(more={"more": torch.ones(1)}), "1 weights are unexpected in its .*first more"),
     (weights_of(more={"model.language_model.norm.weight": torch.ones(3)}), "1 weights are mismatched"),
     (writes("config.json", '{"model_type": "qwen3_5"}'), "it is a qwen3_5, and this code trains qwen2_vl, qwen2_5"),
@@ -2705,19 +2660,15 @@ def writes(name, content):
     (writes("chat_template.jinja", "{{ raise_exception('no system') }}"), "its chat template .*: no system"),
     *[(writes("chat_template.jinja", "{% for m in " + turns.replace(
         "TEXT", "{{ m.content if m.content is string else m.content[-1].text }}") + "{% endfor %}"),
-       "its chat template .*: it doesn't show a system message, a picture") for turns in (
+       "its chat template doesn't show a system message, a picture") for turns in (
         "messages %}TEXT<|im_end|>", "messages[1:] %}<|image_pad|>TEXT<|im_end|>", "messages %}<|image_pad|>TEXT")],
     (writes("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), r"its \*.safetensors are damaged"),
     (lambda folder: os.truncate(folder / "model.safetensors", 10 ** 6), r"its \*.safetensors are damaged"),
-    (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor"),
-    (writes("SHA256SUMS", "a list of somebody's own\n"), None)])
+    (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor")])
 def test_a_model_folder_is_right_or_named(folders, tmp_path, harm, said):
     """For a policy and for a judge, by what loads both."""
     folder = model_copy(folders, tmp_path)
     harm(folder)
-    if said is None:
-        sophia_min.load(folder, road_config())
-        return
     with pytest.raises(SystemExit, match=f"^{folder} can't be used: .*{said}") as stop:
         sophia_min.load(folder, road_config())
     assert "\n" not in str(stop.value) and "network" not in str(stop.value)
@@ -2727,9 +2678,8 @@ def test_of_a_checkpoints_generation_settings_only_its_ends_count(road, road_exa
     policy, processor = road
     spoilt = copy.deepcopy(policy)
     spoilt.generation_config.update(**dict(
-        no_repeat_ngram_size=2, typical_p=0.3, epsilon_cutoff=0.01, max_time=1e-4, num_return_sequences=2, num_beams=3,
-        stop_strings=["a"], guidance_scale=3.0, encoder_repetition_penalty=1.5, begin_suppress_tokens=[5, 6],
-        exponential_decay_length_penalty=(1, 2.0), forced_eos_token_id=7, repetition_penalty=2.0, min_p=0.3))
+        no_repeat_ngram_size=2, typical_p=0.3, max_time=1e-4, num_return_sequences=2, num_beams=3, stop_strings=["a"],
+        guidance_scale=3.0, begin_suppress_tokens=[5, 6], forced_eos_token_id=7, repetition_penalty=2.0, min_p=0.3))
     for greedy in (False, True):
         ids = []
         for model in (policy, spoilt):
@@ -2798,19 +2748,18 @@ def family_model(kind):
     """A tiny Qwen2-VL or Qwen3-VL (16-pixel patches, deepstack) with the toy's tokenizer."""
     tokenizer = data.toy_tokenizer()
     pad, _, end, *vision_ids = tokenizer.convert_tokens_to_ids(data.SPECIAL_TOKENS)
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3], "mrope_interleaved": True}
     text = dict(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=3, pad_token_id=pad,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
                 bos_token_id=None, eos_token_id=end, rope_parameters=rope)
-    vision = dict(depth=2, num_heads=2)
     if kind == "qwen2_vl":
-        config, patch = Qwen2VLConfig, 14
-        vision |= dict(embed_dim=32, hidden_size=64, mlp_ratio=2)
+        config, patch, vision = Qwen2VLConfig, 14, dict(depth=2, embed_dim=32, hidden_size=64, mlp_ratio=2, num_heads=2)
+        rope.pop("mrope_interleaved")
     else:
-        config, patch = Qwen3VLConfig, 16
-        text |= {"head_dim": 16, "rope_parameters": rope | {"mrope_interleaved": True}}
-        vision |= dict(depth=3, hidden_size=32, intermediate_size=64, out_hidden_size=64,
-                       deepstack_visual_indexes=[0, 1], num_position_embeddings=64)
+        config, patch, vision = Qwen3VLConfig, 16, dict(
+            depth=3, hidden_size=32, intermediate_size=64, out_hidden_size=64, deepstack_visual_indexes=[0, 1],
+            num_position_embeddings=64, num_heads=2)
+        text["head_dim"] = 16
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
     torch.manual_seed(0)
     config = config(text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(names, vision_ids)))
@@ -2819,10 +2768,9 @@ def family_model(kind):
     return model, data.Processor(tokenizer, data.Qwen2VLImageProcessorPil(patch_size=patch))
 
 
-@pytest.mark.parametrize("kind, official", [("qwen2_vl", Qwen2VLForConditionalGeneration),
-                                            ("qwen3_vl", Qwen3VLForConditionalGeneration)])
-def test_its_sisters_run_the_whole_road(kind, official, flags, road_examples, tmp_path):
-    """Greedy tokens and gradients are the plain computation's, and a run leaves what the official class loads."""
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
+def test_its_sisters_run_the_whole_road(kind, flags, road_examples, tmp_path):
+    """Greedy tokens and gradients are the plain computation's."""
     data.save_folder(tmp_path / "model", *family_model(kind))
     config, examples = road_config("--device", "cpu", "--max_pixels", "12544"), road_examples["mixed"]
     policy, processor = sophia_min.load(tmp_path / "model", config)
@@ -2837,19 +2785,19 @@ def test_its_sisters_run_the_whole_road(kind, official, flags, road_examples, tm
     sophia_min.update(policy, reference, optimizer, batch, advantages, config)
     assert relative_error(optimizer.kept[0], plain_gradients(policy, reference, batch, advantages, config)[1]) < 1e-5
     sophia_min.main(flags("out", "--model", tmp_path / "model", "--steps", 2))
-    official.from_pretrained(tmp_path / "out/model")
+    sophia_min.load(tmp_path / "out/model", config)
 
 
 # ---------------------------------------------------------------- settings
 
 
 @pytest.mark.parametrize("command, reason", [
-    ("--group_size 1", "--group_size must be 2 or more"), ("--alpha -1", "alpha"), ("--clip_eps 2", "must be below 1"),
+    ("--group_size 1", "--group_size must be 2 or more"), ("--clip_eps 2", "must be below 1"), ("--lr inf", "lr"),
     ("--anneal maybe", "anneal"), ("--trust blind", "trust"), ("--resume nowhere", "no run to continue"),
-    ("--data x.json", "oracle"), ("--lr nan", "lr"), ("--lr inf", "lr"), ("--steps 1.5", "steps"),
+    ("--data x.json", "oracle"), ("--lr nan", "lr"), ("--steps 1.5", "steps"), ("--study", "--study"),
     ("--device gpu", "cuda:N"), ("--toy_pixels 448", "56"), ("--rm_prompt x", "no such file"), ("x", "x: there"),
     ("--modle toy", "--modle: there is no such option"), ("--model", "expected one argument"),
-    ("--min_new_tokens 99 --max_new_tokens 9", "must not be above --max_new_tokens"), ("--study", "--study"),
+    ("--min_new_tokens 99 --max_new_tokens 9", "must not be above --max_new_tokens"),
     *((f"--{name} {least / 2 - 1 if type(least) is float else least - 1}", name)
       for name, least in sophia_min.LEAST.items()),
     *(() if torch.cuda.is_available() else [("--device cuda", "torch sees no CUDA device")])])
@@ -2870,19 +2818,15 @@ def test_settings_are_those_of_the_command_line_and_of_the_world(command, expect
 
 
 def test_off_the_main_thread_a_ctrl_c_is_left_to_others():
-    def listen():
-        with data.StopAfterStep() as stopping:
-            return stopping.asked, signal.getsignal(signal.SIGINT)
     with ThreadPoolExecutor() as pool:
-        assert pool.submit(listen).result() == (False, signal.getsignal(signal.SIGINT))
+        assert pool.submit(data.StopAfterStep().__enter__).result().before is None
 
 
 def test_help_names_the_sources(capsys):
     with pytest.raises(SystemExit):
         sophia_min.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for said in ("Eq. 4 (0.3: paper, section 4)", "(0.2: released config)", "(0: ours)",
-                 "(1500: paper, section 4; 70 with --model toy)"):
+    for said in "Eq. 4 (0.3: paper, section 4)", "(0: ours)", "(1500: paper, section 4; 70 with --model toy)":
         assert said in shown
 
 
@@ -3370,12 +3314,11 @@ def started_toy_run(request, tmp_path_factory):
         yield
         return
     folder = tmp_path_factory.mktemp("run")
-    with open(folder / "output.txt", "w") as output:
-        command = [sys.executable, sophia_min.__file__, "--out", "toy", "--steps", "40", "--seed", "11"]
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=folder,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-    yield process, folder
-    process.kill()
+    command = [sys.executable, sophia_min.__file__, "--out", "toy", "--steps", "40", "--seed", "11"]
+    with open(folder / "output.txt", "w") as output, subprocess.Popen(
+            command, stdout=output, stderr=output, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        yield process, folder
+        process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -3400,13 +3343,11 @@ def held_out_of(run):
     return data.toy_examples(400, 11, "held-out", folder=run / "pictures")
 
 
-def with_swapped_pictures(examples, seed=0):
+def with_swapped_pictures(examples):
     """Each question with a picture of another one of its type, most of the time."""
-    rng, pictures = random.Random(seed), {}
-    for example in examples:
+    pictures = {}
+    for example in random.Random(0).sample(examples, len(examples)):
         pictures.setdefault(example.problem_type, []).append(example.image)
-    for images in pictures.values():
-        rng.shuffle(images)
     return [dataclasses.replace(example, image=pictures[example.problem_type].pop()) for example in examples]
 
 
@@ -3452,10 +3393,9 @@ def test_run_leaves_what_the_design_says(toy_run):
         path.name for path in toy_run.iterdir()}
     assert len(list((toy_run.parent / "runs" / "prepared").glob("toy_11_*"))) == 2  # start and judge
     lines, page = data.read_lines(toy_run / "log.jsonl"), (toy_run / "report.html").read_text()
-    assert [line["step"] for line in lines] == list(range(1, 41))
-    assert set("step outcome thinking gamma anneal reward_std loss kl clip_frac entropy grad_norm length format_rate "
-               "unscored zero_groups mistrusted truncated prompt_tokens sec_rollout sec_score sec_update".split()
-               ) <= set(lines[0])
+    assert [line["step"] for line in lines] == list(range(1, 41)) and lines[0].keys() >= set(
+        "step outcome thinking gamma anneal reward_std loss kl clip_frac entropy grad_norm length format_rate unscored "
+        "zero_groups mistrusted truncated prompt_tokens sec_rollout sec_score sec_update".split())
     assert lines[0]["kl"] == 0 and abs(lines[0]["loss"]) < 1e-6 < lines[-1]["kl"]
     assert all(line["anneal"] == pytest.approx(math.exp(-line["step"] / 40)) for line in lines)
     assert page.count("<table>") >= 4 and page.count("data:image/png") == page.count("<table>") + 1
