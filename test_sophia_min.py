@@ -51,21 +51,18 @@ import sophia_min
 
 torch.set_num_threads(1)  # on a busy machine two are slower than one
 
-# ---------------------------------------------------------------- section 3.1: rows and pictures
+# -------- section 3.1: rows and pictures
 
 SHARED = Path(__file__).resolve().parent / "../shared"
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (120, 160, 3), dtype=np.uint8))
-
 
 def paper_row(**changes):
     good = {"problem_id": 1, "problem": "How many?", "data_type": "image", "problem_type": "numerical", "options": [],
             "process": "", "solution": "<answer>5</answer>", "path": "./images/a.png", "data_source": "sample/a"}
     return {name: value for name, value in {**good, **changes}.items() if value != "DROP"}
 
-
 def choice(solution, *options):
     return {"problem_type": "multiple choice", "options": options, "solution": solution}
-
 
 @pytest.fixture
 def rows_in(tmp_path):
@@ -87,7 +84,6 @@ def rows_in(tmp_path):
         return data.load_examples(folder / name, **options)
     load.folder = folder
     return load
-
 
 ANIMALS = ("A. dog", "B. cat", "C. fox")
 GOOD_ROWS = [  # what a row changes, what changes in its Example
@@ -132,7 +128,6 @@ BAD_ROWS = [  # what a row changes, or what stands in its place; the field and s
         ("options", "two or more", "A"), ("options", "two or more", "A", "A. dog"),
         ("options", "different", "A", "A", " A ", "B")]]]
 
-
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "ROWS.JSON", "ROWS.JSONL"])
 def test_good_rows(rows_in, name):
     picture = str(rows_in.folder.resolve() / "images/a.png")
@@ -141,7 +136,6 @@ def test_good_rows(rows_in, name):
     assert rows_in(*rows, name=name) == [
         dataclasses.replace(usual, **{"id": str(i), **changes}) for i, (_, changes) in enumerate(GOOD_ROWS)]
     assert usual == dataclasses.replace(usual, soundness=len, critique=len) and "soundness" not in repr(usual)
-
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
 def test_bad_rows_are_told_with_field_and_reason_or_left_out(rows_in, capsys, name):
@@ -163,7 +157,6 @@ def test_bad_rows_are_told_with_field_and_reason_or_left_out(rows_in, capsys, na
     assert str(caught.value).splitlines()[:-1] == [
         f"{file}: 21 of 22 rows are bad, the first of them:", *(entry["reason"] for entry in entries[:20])]
 
-
 def test_where_the_list_of_bad_rows_goes(rows_in):
     text, other = f'{json.dumps(paper_row())}\n\n{{"torn": \n', rows_in.folder / "other"  # blank lines count
     assert len(rows_in(name="rows.jsonl", text=text, skip_bad=True, skipped_path=other)) == 1
@@ -181,7 +174,6 @@ def test_where_the_list_of_bad_rows_goes(rows_in):
     listed = data.read_lines(rows_in.folder / "skipped.jsonl")
     assert [words in row["reason"] for row, words in zip(listed, ("row 2 ", "long: problem: "), strict=True)] == [1, 1]
 
-
 @pytest.mark.parametrize("name, text, words", [
     ("rows.json", b"\xef\xbb\xbf \n", "no JSON"), ("rows.json", b"[]", "empty"), ("rows.jsonl", b"\n \n", "empty"),
     ("rows.json", b"{}", "list of rows"), ("rows.json", b"\xff\xfe[\0]", "UTF-8"), ("rows.json", b"[" * 5000, "is no"),
@@ -192,7 +184,6 @@ def test_files_that_are_no_rows(rows_in, name, text, words):
     with pytest.raises(data.DataError, match=words) as caught:
         rows_in(name=name, text=text) if text is not None else data.load_examples(rows_in.folder / name)
     assert str(caught.value).startswith(str(rows_in.folder / name))
-
 
 def test_byte_order_mark_line_ends_and_image_root(rows_in, tmp_path):
     row = json.dumps(paper_row(problem="one\u2028two"), ensure_ascii=False)
@@ -205,13 +196,11 @@ def test_byte_order_mark_line_ends_and_image_root(rows_in, tmp_path):
         with pytest.raises(data.DataError, match=words):
             rows_in(paper_row(path=path), image_root=root)
 
-
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["text", "A", "A. x"]),
     lambda some: st.lists(some, max_size=4) | st.dictionaries(st.text(max_size=4), some, max_size=3), max_leaves=8)
 some_rows = st.lists(json_values | st.dictionaries(st.sampled_from(FIELDS + ("options",)), json_values)
                      .map(lambda fields: paper_row(**fields)), max_size=4)
-
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(some_rows, st.sampled_from(["rows.json", "rows.jsonl"]), st.booleans())
@@ -222,7 +211,6 @@ def test_random_rows_give_examples_or_a_data_error(rows_in, rows, name, skip_bad
     except data.DataError as error:
         assert all(line.isprintable() for line in str(error).split("\n"))
 
-
 def test_130k_rows_take_less_than_a_minute(rows_in):
     rows = [paper_row(problem_id=i, path=f"images/{i % 200}.{('png', 'jpg')[i % 2]}") for i in range(2000)]
     for row in rows[:200]:
@@ -232,7 +220,6 @@ def test_130k_rows_take_less_than_a_minute(rows_in):
         rows_in(*some)
         assert (time.process_time() - start) / len(some) * 130_000 < 60
 
-
 def png(width, height, depth, colour, content, transparency=b"", end=True):
     """A PNG by hand: modes that Pillow reads and doesn't write, and lies in the header."""
     chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0), b"tRNS": transparency,
@@ -240,7 +227,6 @@ def png(width, height, depth, colour, content, transparency=b"", end=True):
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks.items() if body or (kind == b"IEND" and end))
-
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("width, height, limits, words", [
@@ -253,7 +239,6 @@ def test_size_limits_hold_before_anything_is_decoded(rows_in, monkeypatch, width
     reason = rf"images/s.png' (has {width} x {height} pixels: .*)?{words}"
     with contextlib.nullcontext() if words is None else pytest.raises(data.DataError, match=reason):
         assert rows_in(paper_row(path="images/s.png"), **limits)
-
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about damaged tags
 @pytest.mark.parametrize("kind", ["jpg", "png", "gif", "webp", "bmp", "tif", "ppm"])
@@ -279,18 +264,10 @@ def test_damaged_pictures(rows_in, monkeypatch, kind):
         with pytest.raises(data.DataError, match="d.png"):
             data.open_picture(path)
 
-
-def tiff(tag, value):
-    """A grey 16-bit TIFF, one of its tags changed."""
-    Image.fromarray(np.zeros((2, 3), "u2")).save(file := io.BytesIO(), "TIFF")
-    return re.sub(struct.pack("<HHI", tag, 3, 1) + b"..", struct.pack("<HHIH", tag, 3, 1, value), file.getvalue())
-
-
 def bmp(alpha):
     """Two pixels with an alpha mask."""
     header = struct.pack("<IiiHHIIiiIIIIII", 56, 2, 1, 1, 32, 3, 8, 0, 0, 0, 0, 0xff0000, 0xff00, 0xff, 0xff000000)
     return b"BM" + struct.pack("<IHHI", 78, 0, 0, 70) + header + bytes([10, 20, 30, 0, 40, 50, 60, alpha])
-
 
 FRAMES, PALETTE = [Image.new("RGB", (2, 1), colour) for colour in ("red", "blue", "lime")], Image.new("P", (2, 1))
 PALETTE.putpalette([9, 9, 9, 50, 60, 70])
@@ -303,10 +280,6 @@ SIX, *_ = TURNED = [[[40 * int(digit) for digit in row] for row in rows.split()]
 RED = [[[200, 0, 0, 0], [200, 0, 0, 255], [200, 0, 0, 51]]]
 SEEN = [  # file name, content (a picture; an array and its type; a whole file), how to save it, the pixels to see
     ("x.png", ([[False, True]], "?"), {}, [[0, 255]]), ("x.png", PALETTE, {}, [[9, (50, 60, 70)]]),
-    *[(name, ([values], dtype), {}, [grey])  # not stretched, and 8-bit numbers stored in 16 bits stay as they are
-      for name, dtype in [("x.png", "<u2"), ("x.tif", "<u2"), ("x.tif", ">u2"), ("x.pgm", "<u2")]
-      for values, grey in [(range(0, 65536, 257), range(256)), ([25700] * 2, [100] * 2), ([256, 65535], [1, 255]),
-                           ([0, 100, 255], [0, 100, 255])] if name != "x.pgm" or values[-1] > 255],
     ("x.png", (RED, "u1"), {"exif": EXIF[6]}, [[255], [(200, 0, 0)], [(244, 204, 204)]]),  # transparency is white
     ("x.png", Image.new("LA", (1, 1)), {}, [[255]]), ("x.png", PALETTE, {"transparency": b"\xff\0"}, [[9, 255]]),
     *[(name, PALETTE, {"transparency": 0}, [[255, (50, 60, 70)]]) for name in ("x.png", "x.gif")],
@@ -320,16 +293,14 @@ SEEN = [  # file name, content (a picture; an array and its type; a whole file),
       for kind in ("gif", "png", "webp", "tif")],
     *[(f"x.{kind}", (np.dstack([SIX] * 3), "u1"), {"exif": EXIF[turn], "lossless": True, "subsampling": 0}, seen)
       for kind in ("jpg", "png", "tif", "webp") for turn, seen in enumerate(TURNED, 1)],
-    *[("x.tif", (np.array(SIX) * white, kind), {"exif": EXIF[turn]}, TURNED[turn - 1])  # Pillow may map these
-      for turn in (5, 6, 7, 8) for kind, white in (("u1", 1), ("<u2", 257))],
+    *[("x.tif", (SIX, "u1"), {"exif": EXIF[turn]}, TURNED[turn - 1]) for turn in (5, 6, 7, 8)],  # Pillow may map these
     *[(f"x.{kind}", (SIX, "u1"), {"exif": b"Exif\0\0not TIFF", "lossless": True}, SIX) for kind in ("jpg", "webp")],
     ("x.jpg", (SIX, "u1"), {"exif": ODD_TAG[6]}, TURNED[5])]  # an odd tag beside the orientation
 REFUSED = [  # what Pillow reads without a word, and wrongly
-    ("inverse.tif", tiff(262, 0)), ("12.tif", tiff(258, 12)), ("2.png", png(2, 1, 2, 0, b"\0\x70", b"\0\1")),
+    *[(f"x.{kind}", ([[0, 9999]], "<u2")) for kind in ("png", "tif", "pgm")], ("2.png", png(2, 1, 2, 0, b"\0\x70", b"\0\1")),
     ("4.png", png(2, 1, 4, 0, b"\0\x35", b"\0\3")), ("16.png", png(2, 1, 16, 0, b"\0\0\x03\x80\0", b"\0\x03")),
     ("rgb16.png", png(1, 1, 16, 2, b"\0" + bytes(6), b"\x80" + bytes(5))), ("i.tif", ([[0, 9]], "i4")),
     ("f.tif", ([[0, 0.5]], "f4")), ("x.pfm", ([[0, 0.5]], "f4")), ("x.avif", FRAMES[0]), ("x.jp2", FRAMES[0])]
-
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name, content, saved, pixels", [*SEEN, *[(*refused, {}, None) for refused in REFUSED]],
@@ -350,7 +321,6 @@ def test_pictures_as_a_person_sees_them_or_refused(tmp_path, name, content, save
     assert picture.mode == "RGB" and np.shape(picture) == expected.shape
     assert abs(np.asarray(picture).astype(int) - expected).max() <= (8 if name == "x.jpg" else 0)
 
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason="a clone stands alone: the tests above make such rows and files")
 def test_shared_rows_and_pictures(rows_in, tmp_path):
     for case in json.loads((SHARED / "pictures.json").read_text("utf-8")):
@@ -369,7 +339,6 @@ def test_shared_rows_and_pictures(rows_in, tmp_path):
     assert {row["path"] for row in rows} - {e.id for e in sound} == {"truncated.jpg"}
     assert all(np.std(data.open_picture(e.image)) > 0 for e in examples + sound if e.image)
 
-
 def test_every_row_can_be_won_and_options_are_shown_with_letters(rows_in):
     for kind in ("numerical", "OCR", "free-form", "text"):
         for solution in ("x > 5", "red, blue", "...", "½", "\\", "1/0", "(", "Denali"):
@@ -380,15 +349,12 @@ def test_every_row_can_be_won_and_options_are_shown_with_letters(rows_in):
                            (["O", "A"], "\nO\nA\n")):
         assert shown in data.question_text(rows_in(paper_row(**choice(options[0], *options)))[0])
 
-
-# ---------------------------------------------------------------- section 3.3: the outcome reward
+# -------- section 3.3: the outcome reward
 
 SIDES, BLOOD, DIGITS = ["A. 40", "B. 60", "C. 80", "D. 100"], ["O", "A", "B", "AB"], ["1", "2", "3", "4"]
 
-
 def answering(answer):
     return f"<think>I compute step by step.</think><answer>{answer}</answer>"
-
 
 def graded(*args, within=50):
     """The reward, and that it takes less than `within` ms of processor time, the best of three: the clock on the wall
@@ -400,14 +366,11 @@ def graded(*args, within=50):
             return reward
     pytest.fail(f"slow: {args}")
 
-
 def outcome_of(answer, truth, problem_type, options=()):
     return graded(answering(answer), truth, problem_type, options)
 
-
 def pairs(table):
     return [tuple(item.split(" | ")) for item in table.strip().replace("\n", " ;; ").split(" ;; ")]
-
 
 SAME = pairs(r"""
 5.0 | 5 ;; .5 | 0.5 ;; –3 | -3 ;; - 3 | -3 ;; 0 | -0 ;; +5 | 5 ;; 007 | 7 ;; -$5 | -5 ;; 50% | 50 ;; 50 percent | 50%
@@ -458,13 +421,11 @@ The answer is not 5 | 5 ;; 7' | 7" ;; y' | y ;; 8 Mbar | 8 mbar ;; 7 GW | 7 gW ;
 (x+2)/5 | x+2/5
 """)
 
-
 def test_numbers():
     wrong = [pair for pair in SAME if {outcome_of(*pair, "numerical"), outcome_of(*pair[::-1], "numerical")} != {1}]
     wrong += [pair for pair in DIFFERENT if outcome_of(*pair, "numerical") or outcome_of(*pair[::-1], "numerical")]
     assert wrong == []
     assert data.same_value("5\u200b", "5") and outcome_of("\n5\n", "  5", "numerical") == 1  # a space of no width
-
 
 OPTION_TABLE = [row.split(" | ") for row in r"""
 A. 25 ; B. 35 ; C. 45 ; D. 55 | A,B,D | ABD ; d, b, a | bad ; dab ;;; RR ; Rr ; rr | Rr | B ; Rr | RR ; rr ; rR ; A ;;;
@@ -509,12 +470,10 @@ OPTIONS = [  # options, truth, right answers, wrong answers
     (["big" + " word" * 90, "All."], "A", ["A", "A. big" + " word" * 90 + ".", "big" + " Word" * 90], ["big"]),
     *[[row[0].split(" ; "), row[1], row[2].split(" ; "), row[3].split(" ; ")] for row in OPTION_TABLE]]
 
-
 def test_options():
     for options, truth, right, wrong in OPTIONS:
         for answer in right + wrong:
             assert outcome_of(answer, truth, "multiple choice", options) == (answer in right), (answer, truth, options)
-
 
 MANY = " ".join(f"w{i}" for i in range(1500))
 GRADED = [  # problem type, answer, truth, lowest and highest reward
@@ -546,7 +505,6 @@ PIECES = ["<think>", "</think>", "<answer>", "</answer>", "\\frac{", "\\sqrt", "
           "\\boxed{", "/", "1", "5", "0", ",", ".", " ", "-", "=", "x", "e", "%", "π", "½", "³", "×", "10^", "A", "B",
           "and ", "or ", "The answer is ", "cm", " per ", "\ufdfa"]
 
-
 @pytest.mark.parametrize("kind", data.PROBLEM_TYPES)
 def test_texts_long_answers_and_loops(kind):
     for _, answer, truth, low, high in (case for case in GRADED if case[0] == kind):
@@ -559,7 +517,6 @@ def test_texts_long_answers_and_loops(kind):
             looped = answering((piece * length)[:length])
             assert graded(looped, "a stop sign", kind, SIDES, within=100) < 0.5, piece
 
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason="a clone stands alone: the tables above hold these cases")
 def test_shared_cases():
     cases, strict, generous = json.loads((SHARED / "verifier_cases.json").read_text("utf-8")), [], []
@@ -569,7 +526,6 @@ def test_shared_cases():
         strict += [case["id"]] * (got < low - 1e-6)
         generous += [case["id"]] * (got > high + 1e-6)
     assert generous == [] and len(strict) <= 0.02 * len(cases)
-
 
 RIGHT_FORMAT = [
     "<think></think><answer>5</answer>", "<think>a</think> or rather <think>b</think><answer> 5 </answer>",
@@ -585,7 +541,6 @@ WRONG_FORMAT = [
         "<answer>5</answer></answer>", "<answer>5</think></answer>")],
     "</think><answer>" * 1500, "<think>" + "</think><answer>" * 6000 + "</answer>.", "<think>" + "<answer>" * 12000]
 
-
 def test_format():
     assert [r for r in RIGHT_FORMAT if sophia_min.extract_answer(r) != "5" or graded(r, "5", "numerical") != 1] == []
     assert [r[:40] for r in WRONG_FORMAT
@@ -593,7 +548,6 @@ def test_format():
     assert sophia_min.extract_answer("<think>a</think><answer></answer>") == ""
     with pytest.raises(ValueError, match="numericla"):
         sophia_min.outcome_reward("in no format", "5", "numericla")
-
 
 def test_word_error_rate_is_jiwers_and_rouge_is_rouge_scores():
     rng, scorer = random.Random(0), rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
@@ -610,10 +564,8 @@ def test_word_error_rate_is_jiwers_and_rouge_is_rouge_scores():
         expected = sum(score.fmeasure for score in scores.values()) / len(scores)
         assert data.rouge(answer, truth) == outcome_of(answer, truth, "text") == pytest.approx(expected, abs=1e-9)
 
-
 any_text = st.one_of(st.text(st.characters(exclude_categories=()), max_size=300),
                      st.lists(st.sampled_from(PIECES), max_size=80).map("".join))
-
 
 @settings(max_examples=300, deadline=None)
 @given(any_text, any_text, st.sampled_from(data.PROBLEM_TYPES), st.lists(any_text, max_size=3), st.integers(1, 50),
@@ -623,8 +575,7 @@ def test_no_text_breaks_the_rules(answer, truth, kind, options, repeats, well_fo
     assert 0 <= graded(response, truth, kind, options, within=100) <= 1
     assert data.same_value(answer, truth) == data.same_value(truth, answer) and data.same_value(answer, answer)
 
-
-# ---------------------------------------------------------------- section 3.2: the judge's score and its training set
+# -------- section 3.2: the judge's score and its training set
 
 def test_parse_score():
     for text in "0.85", "1.0", "0", ".5", "1", " 0.7\n", "0.123456", "1.000000", *(f"{n / 10}" for n in range(11)):
@@ -635,14 +586,12 @@ def test_parse_score():
                  "so <answer>0.7</answer>", "<answer></answer>"):
         assert reward_model.parse_score(text) is None, text
 
-
 @settings(max_examples=300, deadline=None)
 @given(st.text() | st.text("01.5 -+e,\n", max_size=6) | st.floats().map(repr) | st.floats(0, 1).map("{:.3f}".format))
 def test_a_score_is_one_plain_number_or_none(text):
     whole, point, places = text.strip(" \t\n\r\f\v").partition(".")
     plain = whole in ("", "0", "1") and set(places) <= set("0123456789") and (places if point else whole)
     assert reward_model.parse_score(text) == (float(text) if plain and len(places) <= 6 and float(text) <= 1 else None)
-
 
 def test_balance_by_score():
     """At most `cap` rows of an interval, each once, by chance; the same for the same seed."""
@@ -658,7 +607,6 @@ def test_balance_by_score():
     assert [reward_model.interval(n / 1000) for n in range(1001)] == [n // 100 for n in range(1001)]
     assert [reward_model.interval(x) for x in (0.1 + 0.7, torch.tensor(0.7).item())] == [8, 7]  # 0.79.., fp32: 0.69..
 
-
 def test_filter_rows():
     good, long = data.respond("first is red", "A"), data.respond("a" * (4000 - len(data.respond("", ""))), "")
     table = [(1, good, 1), (1, good, 0), (2, good, 1), (1, good + " ", 1), (1, "", 0), (1, "<think>no end", 0),
@@ -667,11 +615,9 @@ def test_filter_rows():
     rows = [{"id": id, "response": response, "score": i / 10} for i, (id, response, _) in enumerate(table)]
     assert reward_model.filter_rows(rows) == [row for row, (*_, kept) in zip(rows, table) if kept]
 
-
-# ---------------------------------------------------------------- section 3.4: Eq. 1-6, against loops from the paper
+# -------- section 3.4: Eq. 1-6, against loops from the paper
 
 INF, NAN = math.inf, math.nan
-
 
 def gamma_from_paper(outcome, thinking):
     right = [t for o, t in zip(outcome, thinking) if o >= 0.5]
@@ -681,7 +627,6 @@ def gamma_from_paper(outcome, thinking):
     mu_c, mu_w = sum(right) / len(right), sum(wrong) / len(wrong)  # Eq. 1, 2
     return 1.0 if mu_c >= mu_w else math.exp(mu_c - mu_w)  # Eq. 3
 
-
 def trusted_from_paper(outcome, thinking, trust):
     if trust == "released":  # the table at the end of paper.md
         dropped = all(o >= 0.9 for o in outcome) or all(o <= 0.1 for o in outcome)
@@ -690,18 +635,15 @@ def trusted_from_paper(outcome, thinking, trust):
         return [0.0] * len(thinking), 0.0  # ours
     return thinking, 1.0 if trust == "off" else gamma_from_paper(outcome, thinking)
 
-
 def rewards_from_paper(outcome, thinking, step, total, alpha, trust, anneal):
     thinking, gamma = trusted_from_paper(outcome, thinking, trust)
     share = math.exp(-step / total) if anneal else 1.0
     return [o + gamma * alpha * share * t for o, t in zip(outcome, thinking)]  # Eq. 4, 5
 
-
 def advantages_from_paper(rewards):
     mean = sum(rewards) / len(rewards)
     spread = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
     return [0.0 if spread == 0 else (r - mean) / (spread + 1e-6) for r in rewards]  # Eq. 6
-
 
 def objective_from_paper(logp, old, ref, advantages, lengths, eps, beta):
     """(-J of Eq. 7, mean KL, share clipped): a ratio a token, mean of a response's tokens, mean of responses."""
@@ -717,10 +659,8 @@ def objective_from_paper(logp, old, ref, advantages, lengths, eps, beta):
             total_clipped += ((A > 0 and r > 1 + eps) or (A < 0 and r < 1 - eps)) / length / len(lengths)
     return -total, total_kl, total_clipped
 
-
 def doubles(values):
     return torch.tensor(values, dtype=torch.float64)
-
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0, 1, .1, .2, .49, .5, .9]) | st.floats(0, 1), st.sampled_from(
@@ -740,7 +680,6 @@ def test_rewards_and_advantages_agree_with_the_paper(group, step, total, alpha, 
     advantages = sophia_min.group_advantages(rewards).tolist()
     assert advantages == pytest.approx(advantages_from_paper(rewards.tolist()), abs=1e-5)
 
-
 @pytest.mark.parametrize("outcome, thinking, gamma", [
     ([1., 0.], [0.0, 0.8], math.exp(-0.8)), ([1., 0.], [0., 1.], 1 / math.e),  # Fig. 9 prints 0.45; the least there is
     ([1., 1.], [0., 1.], 1), ([0., 0.], [0., 1.], 1),  # nobody wrong, nobody right
@@ -751,7 +690,6 @@ def test_gamma_of_the_worked_examples(outcome, thinking, gamma):
     found = sophia_min.trust_weight(torch.tensor(outcome), torch.tensor(thinking)).item()
     assert found == pytest.approx(gamma, abs=1e-6, nan_ok=True) and not found > 1
 
-
 def test_released_gating_pins_gamma_at_one():
     """On 0/1 outcomes always: who fails has R^t = 0, scored or not. Groups that agree lose the term."""
     for outcome, gate in [([1, 0, .2, .19, .5], [1, 0, 1, 0, 1]), ([1, .9, .95], [0] * 3), ([1, .9, .89], [1] * 3),
@@ -761,16 +699,13 @@ def test_released_gating_pins_gamma_at_one():
         used, gamma = sophia_min.trusted(outcome, thinking.where(doubles(gate) == 1, NAN), "released")
         assert used.tolist() == (thinking * doubles(gate)).tolist() and gamma == 1
 
-
 def test_equal_rewards_give_exact_zeros():
     for size, value, dtype in itertools.product((1, 2, 8), (0.7, 0.1, 0.0), (torch.float32, torch.float64)):
         advantages = sophia_min.group_advantages(torch.full((size,), value, dtype=dtype))
         assert advantages.tolist() == [0] * size and advantages.dtype == dtype
     assert sophia_min.group_advantages(doubles([0, 0, 0, 1e-6]))[3] == pytest.approx(.75 / 1.5, abs=1e-9)  # the 1e-6
 
-
-# ---------------------------------------------------------------- section 3.4: Eq. 7, the loss
-
+# -------- section 3.4: Eq. 7, the loss
 
 def random_update(seed, G=8, R=5):
     """(logp, old, ref [G, R], advantages [G], mask [G, R], lengths), with junk for padding, and empty responses."""
@@ -781,7 +716,6 @@ def random_update(seed, G=8, R=5):
     mask = torch.tensor([[int(t < length) for t in range(R)] for length in lengths])
     logp, old, ref = (x.masked_fill(mask == 0, [NAN, INF, -INF, 1e30, 0.0][seed % 5]) for x in (logp, old, ref))
     return logp, old, ref, torch.randn(G, generator=rng).double(), mask, lengths
-
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 10 ** 6), st.integers(1, 9), st.integers(1, 7), st.sampled_from([0.2, 0.05, 0.9]),
@@ -803,7 +737,6 @@ def test_loss_agrees_with_the_paper(seed, G, R, eps, beta, size):
     assert in_fp32.dtype == torch.float32 and in_fp32.item() == pytest.approx(expected[0], abs=1e-5)
     assert (eps, beta) != (0.2, 0.04) or torch.equal(loss, sophia_min.grpo_loss(*inputs, mask)[0])  # the defaults
 
-
 @pytest.mark.parametrize("seed", range(5))
 def test_loss_gradient_is_that_of_finite_differences(seed):
     """And exactly none where there is padding, whatever it holds."""
@@ -817,9 +750,7 @@ def test_loss_gradient_is_that_of_finite_differences(seed):
         high, low = (sophia_min.grpo_loss(x, *others, mask)[0] for x in (logp + step, logp - step))
         assert leaf.grad[tuple(at)].item() == pytest.approx((high - low).item() / (2 * h), abs=1e-8)
 
-
-# ---------------------------------------------------------------- section 3.4: log-probabilities and masks
-
+# -------- section 3.4: log-probabilities and masks
 
 def log_probability(logits, id, temperature, ruled_out):
     """(log-probability of `id`, its gradient [V], entropy) of a place; `id` may be one of those ruled out: finite."""
@@ -828,7 +759,6 @@ def log_probability(logits, id, temperature, ruled_out):
     p = [math.exp(x - norm) for x in scaled]
     gradient = [((v == id) - p[v]) / temperature for v in range(len(p))]
     return logits[id] / temperature - norm, gradient, -math.fsum(x * math.log(x) for x in p if x)
-
 
 @pytest.mark.parametrize("rows, dtype, atol, rtol", [
     (5, torch.float64, 1e-12, 1e-12), (2, torch.float64, 1e-12, 1e-12), (1, torch.float32, 3e-6, 3e-5),
@@ -856,8 +786,7 @@ def test_token_logps_are_those_of_sampling(monkeypatch, rows, dtype, atol, rtol,
         gradient = (weights[n, r] * doubles(gradient)).tolist()
         assert logits.grad[n, r].tolist() == pytest.approx(gradient, rel=rtol, abs=rtol / 100)
 
-
-# ---------------------------------------------------------------- the toy world: its oracle
+# -------- the toy world: its oracle
 
 FOUR = (("red", "circle"), ("blue", "square"), ("green", "triangle"), ("yellow", "circle"))
 TOY_COUNT = data.ToyQuestion("numerical", "How many shapes are there?", FOUR[:3])
@@ -878,12 +807,10 @@ THINKING = [  # question, thinking, answer (None: no </think>), score, critique:
     (TOY_COLOUR, "<think>fourth es amarillo", None, .4, "fourth is yellow. leap. mixed."),
 ]
 
-
 @pytest.mark.parametrize("question, thinking, answer, score, critique", THINKING)
 def test_soundness_and_critique(question, thinking, answer, score, critique):
     response = thinking if answer is None else data.respond(thinking, answer)
     assert (question.soundness(response), question.critique(response)) == (score, critique)
-
 
 def test_faults_are_those_that_were_put_in():
     """Claims in any order, some of them wrong, missing or said twice, with guesses, Spanish and blind answers."""
@@ -918,7 +845,6 @@ def test_faults_are_those_that_were_put_in():
             seen[name][n] += 1
     assert all(counts[0] > 100 and counts[1] > 100 for counts in seen.values())
 
-
 def test_the_warm_start_writes_sound_and_flawed_thinking():
     """Each flaw costs what it should, and habits come as often as they should."""
     rng, habits = random.Random(0), {}
@@ -940,15 +866,13 @@ def test_the_warm_start_writes_sound_and_flawed_thinking():
         assert seen["haste"] / seen.total() == pytest.approx(share, abs=.04) and seen.keys() == scores.keys()
         assert seen[None] / seen.total() == pytest.approx(.6 * (1 - share), abs=.04)
 
-
-# ---------------------------------------------------------------- the toy world: its questions
-
+# -------- the toy world: its questions
 
 def test_toy_questions_hold_scenes_out():
     """No scene to be evaluated on is ever trained on; shifted questions are of kinds that training never asks."""
     seen, held_out = ({question.scene for part in parts for seed in range(4)
                        for question in data.toy_questions(2000, seed, part)}
-                      for parts in (("train", "shortcut"), ("held-out", "shifted", "broken")))
+                      for parts in (("train",), ("held-out", "shifted")))
     assert len(seen) > 2000 and len(held_out) > 500 and not seen & held_out
     assert data.toy_questions(50, 1) == data.toy_questions.__wrapped__(50, 1) != data.toy_questions(50, 2)
     assert data.toy_questions(20, 1) == data.toy_questions(50, 1)[:20]
@@ -957,26 +881,11 @@ def test_toy_questions_hold_scenes_out():
     assert {len(q.scene) for q in shifted if not q.choices} == {3} != {len(q.scene) for q in trained if q.choices}
     assert all(q.soundness(q.response(random.Random(0))) == 1 for q in shifted)
 
-
-@pytest.mark.parametrize("name, parts, hasty_and_right", [
-    ("toy", ("train", "held-out"), None), ("toy-shifted", ("shifted", "shifted"), None),
-    ("toy-shortcut", ("shortcut", "broken"), (.95, 0))])
-def test_a_run_takes_the_questions_that_it_names(tmp_path, name, parts, hasty_and_right):
-    """Of the shortcut world also: how often an answer in haste is right, in training and in evaluation."""
-    config, rng = sophia_min.configure(["--data", name, "--seed", "3", "--out", str(tmp_path)]), random.Random(0)
-    for part, examples, right in zip(parts, data.load_sets(config), hasty_and_right or (None, None)):
-        assert [example.id for example in examples] == [f"toy-{part}-3-{i}" for i in range(len(examples))]
-        hits = [sophia_min.reward_of(example, data.toy_question(example.id).response(rng, "haste")) == 1
-                for example in examples]
-        assert right is None or statistics.fmean(hits) == pytest.approx(right, abs=.02)
-
-
 def best_constants(examples):
     """Accuracy of the best constant answer a problem type, chosen in hindsight among the truths."""
     kinds = [[e for e in examples if e.problem_type == kind] for kind in {e.problem_type for e in examples}]
     return sum(max(sum(sophia_min.reward_of(e, data.respond("x", truth)) >= 0.5 for e in same)
                    for truth in {e.solution for e in same}) for same in kinds) / len(examples)
-
 
 @pytest.mark.parametrize("part", ["train", "held-out"])
 def test_no_constant_answer_is_often_right(tmp_path, part):
@@ -986,8 +895,7 @@ def test_no_constant_answer_is_often_right(tmp_path, part):
                        "Which shape": .53}.items():
         assert best_constants([e for e in examples if name in (e.problem_type, e.problem[:len(name)])]) < most, name
 
-
-@pytest.mark.parametrize("size, part", [(56, "held-out"), (448, "held-out"), (56, "shifted"), (56, "broken")])
+@pytest.mark.parametrize("size, part", [(56, "held-out"), (448, "held-out"), (56, "shifted")])
 def test_the_picture_decides_the_answer(tmp_path, size, part):
     """Each answer follows from the pixels: a cell's colour, and its shape by how much of its bounding box it covers."""
     half, letters = size // 2, {}
@@ -1013,15 +921,12 @@ def test_the_picture_decides_the_answer(tmp_path, size, part):
             described = ", ".join(map(" ".join, scene))
             assert example.solution == (str(len(scene)) if example.problem_type == "numerical" else described)
         assert sophia_min.reward_of(example, data.respond("x", example.solution)) == 1
-    assert part == "broken" or len(letters) >= len(set(letters.values())) > 10
+    assert len(letters) >= len(set(letters.values())) > 10
 
-
-# ---------------------------------------------------------------- files that survive a crash
-
+# -------- files that survive a crash
 
 def broken(*_, **__):
     raise OSError("disk full")
-
 
 def test_write_atomic(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
@@ -1042,7 +947,6 @@ def test_write_atomic(tmp_path, monkeypatch):
     data.save_folder(tmp_path / "c", Part("m"), Part("p"))
     assert path.read_bytes() == b"\0" and sorted(os.listdir(tmp_path)) == ["a.json", "new", "plain"]
 
-
 def test_a_file_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     done, replace = [], os.replace
     monkeypatch.setattr(os, "replace", lambda *names: done.append("replace") or replace(*names))
@@ -1051,7 +955,6 @@ def test_a_file_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     data.write_json(tmp_path / "a", [1])
     data.append_rows(tmp_path / "b", [1234])
     assert done == [7, "replace", "folder", 5] and (tmp_path / "a").read_text() == "[\n 1\n]\n"
-
 
 def test_lines_survive_a_torn_one_and_can_be_cut(tmp_path):
     path, lines = tmp_path / "log.jsonl", [{"step": step, "text": "é\u2028\n{}"} for step in range(1, 6)]
@@ -1069,7 +972,6 @@ def test_lines_survive_a_torn_one_and_can_be_cut(tmp_path):
     data.append_rows(path, [1])
     assert path.read_bytes() == b"1\n" and os.listdir(tmp_path) == ["log.jsonl"]
 
-
 class Part:
     """What save_folder takes for a model or a processor."""
     def __init__(self, name):
@@ -1078,7 +980,6 @@ class Part:
     def save_pretrained(self, folder, state_dict="own"):
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, self.name).write_text(str(state_dict))
-
 
 def test_a_saved_folder_is_whole_whatever_happens(tmp_path):
     """However a save fails or is killed, and whoever else saves there at the same time."""
@@ -1110,9 +1011,7 @@ def test_a_saved_folder_is_whole_whatever_happens(tmp_path):
         with pytest.raises(OSError, match=message) if message else contextlib.nullcontext():
             data.check_folder(folder)
 
-
-# ---------------------------------------------------------------- what a run shows
-
+# -------- what a run shows
 
 def test_table():
     rng = random.Random(0)
@@ -1128,7 +1027,6 @@ def test_table():
     assert [" ".join(line.split()) for line in shown.splitlines()] == rows
     assert [len(line.split("  of")[0]) for line in data.table({"now": before}).splitlines()] == [44] * 4
     assert data.paired_difference([0] * 29, [1] * 29) == "+1.000, too few questions for an interval"
-
 
 def test_report_shows_curves_and_groups_and_needs_nothing_else(tmp_path, monkeypatch):
     out, now, lines = tmp_path / "<run>", {"accuracy": .25, "format_rate": 1, "n": 1, "right": [0], "by_type": {}}, []
@@ -1171,8 +1069,7 @@ def test_report_shows_curves_and_groups_and_needs_nothing_else(tmp_path, monkeyp
     assert mean == pytest.approx({step: statistics.fmean(
         raw[near] for near in range(step - 2, step + 3) if near in raw) for step in raw})
 
-
-# ---------------------------------------------------------------- the road, against the plain computation
+# -------- the road, against the plain computation
 
 G = 3
 NEVER = [3, 4, 5, 6]  # vision start, vision end, image and video, of both models
@@ -1180,10 +1077,8 @@ HOT = ("--temperature", "0.6", "--min_new_tokens", "3", "--kl_coef", "0.5")
 PICTURE_FIRST = "{image} Look.\nQ: {question}\nR: {response}\nHow good?"
 PICTURE_LAST = "Q: {question}\nR: {response}\n{image}\nHow good?"
 
-
 def road_config(*more):
     return sophia_min.configure(["--max_new_tokens", "12", "--group_size", str(G), *more])
-
 
 def moved(model, seed, by):
     """The model with noise on each weight."""
@@ -1191,7 +1086,6 @@ def moved(model, seed, by):
     for weight in model.parameters():
         weight.data += torch.randn(weight.shape, generator=rng) * by
     return model
-
 
 def shaped_model(text, vision, dtype=torch.float32, device="cpu"):
     """(random weights in a shape, the toy's tokenizer and image processor)"""
@@ -1207,14 +1101,12 @@ def shaped_model(text, vision, dtype=torch.float32, device="cpu"):
     model.generation_config = toy.generation_config
     return model, processor
 
-
 @pytest.fixture(scope="session")
 def road():
     """(policy, Processor), an untrained toy that no test may change; many tokens are ends, so that lengths differ."""
     model, processor = data.toy_model(1)
     model.generation_config.eos_token_id = [model.generation_config.eos_token_id, *range(300, 460)]
     return moved(model, 101, 0.03), processor
-
 
 @pytest.fixture(scope="session")
 def roads(road, tmp_path_factory):
@@ -1237,7 +1129,6 @@ def roads(road, tmp_path_factory):
     return {"toy": road, "other": sophia_min.load(folder, road_config("--device", "cpu", "--max_pixels", "12544")),
             "published": (None, data.Processor.from_pretrained(published, 12544) if published.is_dir() else None)}
 
-
 @pytest.fixture(scope="session")
 def road_examples(tmp_path_factory):
     """Questions of different lengths: 4, 16 and 15 image tokens, and none."""
@@ -1253,7 +1144,6 @@ def road_examples(tmp_path_factory):
             "mixed": [text_only(small[1]), large[0], small[0], text_only(small[2], " Now."), wide],
             "text": [text_only(small[0]), text_only(small[1], " one two three four five"), text_only(small[3])]}
 
-
 @pytest.fixture
 def judge_of(roads, tmp_path):
     """Makes judges: by mode, as if trained by us; with a prompt of the user's own; or as others come, "released"."""
@@ -1266,7 +1156,6 @@ def judge_of(roads, tmp_path):
         return sophia_min.ThinkingRewardModel(model, processor)
     return make
 
-
 @pytest.fixture
 def true_float64(monkeypatch):
     """HF's norms and the vision tower's rotary embedding go through fp32 in any dtype."""
@@ -1274,7 +1163,6 @@ def true_float64(monkeypatch):
         x.square().mean(-1, keepdim=True) + self.variance_epsilon))
     monkeypatch.setattr(modeling_qwen2_5_vl, "apply_rotary_pos_emb_vision", lambda q, k, cos, sin: [
         x * cos.unsqueeze(-2).to(x) + modeling_qwen2_5_vl.rotate_half(x) * sin.unsqueeze(-2).to(x) for x in (q, k)])
-
 
 # the oracle: HF's own road, each prompt and response in one sequence
 
@@ -1290,7 +1178,6 @@ def plain_inputs(model, prompts, responses):
                        image_grid_thw=torch.cat([prompt.grid for prompt in pictures]))
     return inputs
 
-
 def plain_generate(model, prompts, max_new_tokens=12, temperature=None, **settings):
     """New ids [N, R], without the checkpoint's settings."""
     plain, eos = copy.copy(model), model.generation_config.eos_token_id
@@ -1300,16 +1187,13 @@ def plain_generate(model, prompts, max_new_tokens=12, temperature=None, **settin
     out = plain.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, **settings)
     return out[:, inputs["input_ids"].shape[1]:]
 
-
 def until_end(model, ids):
     """Token ids up to the first end, it included."""
     return ids[:next((i for i, id in enumerate(ids, 1) if id in model.generation_config.eos_token_id), len(ids))]
 
-
 def plain_logits(model, prompt, response):
     """Logits [R, V] of one response."""
     return model(**plain_inputs(model, [prompt], [response])).logits[0, -len(response) - 1:-1]
-
 
 def plain_logps(model, prompt, response, config):
     """Log-probabilities and entropies [R] of one response."""
@@ -1319,7 +1203,6 @@ def plain_logps(model, prompt, response, config):
     never[:config.min_new_tokens, model.generation_config.eos_token_id] = True
     logp = logits.masked_fill(never, -math.inf).log_softmax(-1)
     return logp[range(len(response)), response], -(logp.exp() * logp.masked_fill(never, 0.0)).sum(-1)
-
 
 class GradientsOnly(sophia_min.MasterAdamW):
     """An optimizer that keeps the gradients of its steps; it moves nothing, unless a learning rate is given."""
@@ -1332,7 +1215,6 @@ class GradientsOnly(sophia_min.MasterAdamW):
         self.kept.append({name: weight.grad if weight.grad is None else weight.grad.clone()
                           for name, weight in zip(self.names, self.weights)})
         return super().step(max_norm)
-
 
 def plain_gradients(policy, reference, batch, advantages, config):
     """(metrics, gradients by name in the last inner epoch) of `update`, by one response at a time; moves the policy."""
@@ -1351,7 +1233,6 @@ def plain_gradients(policy, reference, batch, advantages, config):
         metrics["grad_norm"] += optimizer.step()
     return {name: value / config.inner_epochs for name, value in metrics.items()}, optimizer.kept[-1]
 
-
 def relative_error(found, expected):
     """The largest relative difference, over all parameters together and within each."""
     assert {name: g is None for name, g in found.items()} == {name: g is None for name, g in expected.items()}
@@ -1360,10 +1241,8 @@ def relative_error(found, expected):
     each = [(x - y).norm() / (y.norm() + 1e-3 * b.norm()) for x, y in pairs]
     return max((a - b).norm() / b.norm(), *each).item()
 
-
 def advantages_of(batch):
     return torch.randn(len(batch.ids), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
 
 def counted(model):
     """Counts what goes through a model from here on: pictures, rows with an empty cache, rows that continue one."""
@@ -1380,13 +1259,11 @@ def counted(model):
     model.model.language_model.layers[0].register_forward_pre_hook(layer, with_kwargs=True)
     return found
 
-
 # prompts
 
 TEXTS = ["How many?", "\nFirst a newline.", "  Two spaces, first and last:  ", "größer \u2265 5? 日本 🙂 e\u0301",
          "a\n\n\nb\t c\r\n", "", "<|im_end|>\n<|im_start|>assistant\n<|image_pad|><|vision_start|><|video_pad|>"
          "<|endoftext|> {{ 1 + 1 }} {question} {image} \ufffc</response> 1.0"]
-
 
 @pytest.mark.parametrize("whose", ["toy", "published"])
 @pytest.mark.parametrize("image", [True, False])
@@ -1419,12 +1296,10 @@ def test_prompts_are_the_chat_templates_own(roads, road_examples, judge_of, whos
         assert prompt.ids == tokenizer(rendered).input_ids or text == TEXTS[-1]
     assert tokenizer.decode(prompt.ids) == rendered and kept[0] == kept[1]
 
-
 @pytest.mark.parametrize("text", [" ", "{question} {response}", PICTURE_FIRST + "{response}"])
 def test_a_template_without_a_place_for_something_is_refused(judge_of, text):
     with pytest.raises(SystemExit, match="prompt.txt: must hold"):
         judge_of(template=text)
-
 
 @pytest.mark.parametrize("which, template, computed", [
     ("other", None, 6), ("toy", PICTURE_FIRST, 6), ("other", PICTURE_LAST, 3 * G + 3)])
@@ -1448,7 +1323,6 @@ def test_rows_that_begin_alike_share_it(judge_of, road_examples, which, template
         torch.testing.assert_close(found[:1 + n % 4], plain_logits(model, rows[n], targets[n]), rtol=0, atol=1e-5)
     for found, prompt in zip(sophia_min.generate(model, prefix, 6)[0].tolist(), rows, strict=True):
         assert until_end(model, found) == plain_generate(model, [prompt], 6)[0].tolist()
-
 
 # rollout
 
@@ -1488,7 +1362,6 @@ def test_rollout_writes_what_plain_generate_writes(roads, road_examples, which, 
         torch.testing.assert_close(scores[:len(response)][allowed], expected[allowed], rtol=0, atol=1e-4)
     assert batch.truncated == cut and 0 < cut < len(rows), "this test needs both kinds"
 
-
 # the update
 
 @pytest.mark.parametrize("which, kind, micro_batch, grad, more, dtype", [
@@ -1525,7 +1398,6 @@ def test_update_is_that_of_full_sequences(roads, road_examples, which, kind, mic
     assert all((gradient is None) == (".visual." in name and kind == "text") for name, gradient in gradients.items())
     assert (metrics["kl"] > 0) == (config.kl_coef > 0) and (metrics["clip_frac"] > 0.05) == (times == 2)
 
-
 @pytest.mark.parametrize("questions, more, times", [
     (5, "", 1), (5, "--micro_batch 14", 2), (5, "--inner_epochs 2", 3), (1, "--micro_batch 1", 1)])
 def test_a_step_of_one_part_computes_each_prompt_once(road, road_examples, monkeypatch, questions, more, times):
@@ -1537,7 +1409,6 @@ def test_a_step_of_one_part_computes_each_prompt_once(road, road_examples, monke
     sophia_min.train_step(1, policy, reference, None, GradientsOnly(policy), road[1], examples, config)
     assert passes["prompts"] == times * questions
     assert passes["pictures"] == times * sum(example.image is not None for example in examples)
-
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 2])
 def test_sft_has_the_gradients_of_full_sequences(road, road_examples, judge_of, monkeypatch, micro_batch):
@@ -1563,7 +1434,6 @@ def test_sft_has_the_gradients_of_full_sequences(road, road_examples, judge_of, 
     expected = {name: weight.grad / n_tokens for name, weight in plain.named_parameters()}
     assert relative_error(made[0].kept[0], expected) < 1e-5
 
-
 # the optimizer
 
 def test_small_steps_and_small_gradients_move_a_bf16_model(road):
@@ -1581,7 +1451,6 @@ def test_small_steps_and_small_gradients_move_a_bf16_model(road):
     assert all(weight.grad.dtype == torch.float32 and (weight.grad == 286).all() for weight in model.parameters())
     assert optimizer.step() == pytest.approx(286 * math.sqrt(len(far)), rel=1e-4)
     assert all(weight.grad is None for weight in [*model.parameters(), *optimizer.masters])
-
 
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1614,7 +1483,6 @@ def test_one_optimizer_after_another_takes_the_steps_of_plain_adamw(road, dtype,
     assert all(torch.equal(a, b) for a, b in zip(before, [*weights, *ours.masters]))
     assert all(torch.equal(a, b) for a, b in zip(frozen.parameters(), model.model.visual.parameters()))
 
-
 def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_examples):
     """In train mode, as after a trainer's step, and with gradients: there every transformers drops it."""
     model = copy.deepcopy(road[0]).train()
@@ -1622,29 +1490,24 @@ def test_gradient_checkpointing_is_refused_where_it_drops_the_cache(road, road_e
     with pytest.raises(RuntimeError, match="dropped its cache: switch gradient checkpointing off"):
         sophia_min.PrefixCache(model, [[road[1].question(road_examples["text"][0])]])
 
-
 # the self-test
 
 def changed(**more):
     """The same with other arguments."""
     return lambda plain, *args, **given: plain(**dict(zip(inspect.signature(plain).parameters, args)) | given | more)
 
-
 def flat(plain, ids, attention_mask, **kwargs):
     """1-D positions."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1), torch.zeros(len(ids), 1, dtype=torch.long)
-
 
 def stale(plain, **inputs):
     """HF counts on from the state of an earlier batch with pictures, instead of from our positions."""
     plain.__self__.model.rope_deltas = torch.full((len(inputs["input_ids"]), 1), -2)
     return plain(**inputs | {"position_ids": None})
 
-
 def see_padding(plain, *args):
     inputs = plain(*args)
     return inputs | {"attention_mask": torch.ones_like(inputs["attention_mask"])}
-
 
 FAULTS = {  # the function that goes wrong, in which call (None: each), and how
     "flat positions in rollout": ("get_rope_index", 0, flat), "flat positions in update": ("get_rope_index", 1, flat),
@@ -1663,7 +1526,6 @@ FAULTS = {  # the function that goes wrong, in which call (None: each), and how
     "wrong owner": ("target_logits", 0, lambda plain, model, prefix, rows, *rest: plain(
         model, prefix, rows.roll(1), *rest))}
 
-
 @pytest.mark.parametrize("fault, dtype", [*((fault, torch.float32) for fault in FAULTS), (
     "other temperature in update", torch.bfloat16)])
 def test_self_test_stops_at(road, road_examples, monkeypatch, fault, dtype):
@@ -1677,7 +1539,6 @@ def test_self_test_stops_at(road, road_examples, monkeypatch, fault, dtype):
         None, next(calls)) else plain(*args, **kwargs))
     with pytest.raises(SystemExit, match="self-test failed"):
         sophia_min.self_test(*test)
-
 
 # how the judge scores
 
@@ -1703,7 +1564,6 @@ def test_a_verdict_counts_only_when_it_is_whole_and_one_number(judge_of, road_ex
     assert passes == Counter(pictures=1, prompts=1)
     assert [None if math.isnan(score) else pytest.approx(score) for score in scores] == list(verdicts.values())
 
-
 @pytest.mark.parametrize("which, kind, template", [("other", "mixed", None), ("toy", "pictures", PICTURE_LAST)])
 @torch.no_grad()
 def test_expected_score_is_the_mean_under_the_models_own_probabilities(judge_of, road_examples, which, kind, template):
@@ -1721,7 +1581,6 @@ def test_expected_score_is_the_mean_under_the_models_own_probabilities(judge_of,
             chances.append(logp[range(len(written)), written].sum().exp().item())
         found, expected = judge.expected(prompt), np.average(list(spelled.values()), weights=chances)
         assert found == pytest.approx(expected, abs=1e-5) and tenths == pytest.approx(round(found, 1))
-
 
 # evaluation and one step
 
@@ -1748,7 +1607,6 @@ def test_evaluate_counts_by_question(road_examples, monkeypatch):
     pairs = list(sophia_min.responses(None, None, examples, 2, 4, config, ""))  # for the judge's training
     assert pairs == [(example, texts[example.id]) for example in examples for _ in range(2)]
     assert asked == [(3, 1, True), (3, 1, True), (1, 1, True), (4, 2, False), (3, 2, False)]
-
 
 @pytest.mark.parametrize("settings", ["--trust paper", "--trust off --anneal false", "--trust released",
                                       "--reward_model none"])
@@ -1788,7 +1646,6 @@ def test_train_step_gives_rewards_and_advantages_to_their_own_responses(road, ro
     assert {name: line[name] for name in expected} == pytest.approx(expected)
     assert json.loads(json.dumps([line, record], allow_nan=False)) == [line, record]
 
-
 def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
     seen = [i for step in range(1, 8) for i in data.questions_of(step, 7, 3, 0)]
     passes = [seen[0:7], seen[7:14], seen[14:21]]
@@ -1796,9 +1653,7 @@ def test_questions_of_covers_the_data_once_a_pass_in_new_orders():
     assert data.questions_of(5, 7, 3, 0) == seen[12:15] != data.questions_of(5, 7, 3, 1)
     assert len(data.questions_of(1, 2, 5, 0)) == 5  # more than there are
 
-
-# ---------------------------------------------------------------- the reward model's commands
-
+# -------- the reward model's commands
 
 @pytest.fixture
 def toy_rollouts(tmp_path, monkeypatch):
@@ -1814,7 +1669,6 @@ def toy_rollouts(tmp_path, monkeypatch):
     reward_model.write_rows("b/rollouts.jsonl", rows[100:] + held_out)
     data.save_folder("start", *data.toy_model(0))
     return rows, held_out
-
 
 def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, capsys):
     """All five commands in order, each on what the one before has left."""
@@ -1886,9 +1740,7 @@ def test_from_responses_to_a_judge_and_its_agreement(toy_rollouts, monkeypatch, 
     assert [row["score"] for row in data.read_lines("other.jsonl")] == [
         row["score"] for row in labelled if "second" not in row["response"]]
 
-
 ROWS = "--out x rows.jsonl"
-
 
 @pytest.mark.parametrize("command, changes, message", [
     ("collect --out x nowhere", {}, "nowhere/rollouts.jsonl: no rows there"),
@@ -1915,7 +1767,6 @@ def test_what_a_command_cant_use_ends_it_in_one_line(toy_rollouts, monkeypatch, 
     said = capsys.readouterr().err.strip() if stop.value.code == 2 else str(stop.value)
     assert message in said and "\n" not in said and not Path("x").exists()
 
-
 def test_ranks_and_auc_are_those_of_counting():
     rng = np.random.default_rng(0)
     for good, bad in [np.split(rng.integers(0, 5, n), [rng.integers(1, n)]) for n in range(2, 30)]:
@@ -1923,7 +1774,6 @@ def test_ranks_and_auc_are_those_of_counting():
         assert reward_model.auc(good, bad) == pytest.approx(sum(wins) / len(wins))
         assert reward_model.ranks(good).tolist() == [sum(good < b) + (sum(good == b) + 1) / 2 for b in good]
     assert reward_model.auc([], [1]) is None
-
 
 def test_agreement_by_hand():
     rows = [{"score": label, "problem_type": kind, "faults": dict.fromkeys(sophia_min.CRITERIA, 0) | faults}
@@ -1942,9 +1792,7 @@ def test_agreement_by_hand():
     assert reward_model.agreement(rows, [math.nan] * 6)["unscored"] == 1
     assert reward_model.agreement(rows, [0.5] * 6)["spearman"] == 0
 
-
-# ---------------------------------------------------------------- the whole road, run as a user would
-
+# -------- the whole road, run as a user would
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory, road):
@@ -1955,7 +1803,6 @@ def folders(tmp_path_factory, road):
         model.config.rm_mode = mode
         data.save_folder(path / name, model, road[1])
     return path
-
 
 @pytest.fixture
 def real_rows(tmp_path):
@@ -1970,7 +1817,6 @@ def real_rows(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     return tmp_path / "rows.json"
 
-
 @pytest.fixture
 def flags(folders, real_rows, tmp_path):
     """flags(name, flag, ..): the command line of a short run in tmp_path / name, with flags that win."""
@@ -1979,18 +1825,15 @@ def flags(folders, real_rows, tmp_path):
         "--questions_per_step", 1, "--max_new_tokens", 6, "--micro_batch", 6, "--lr", 1e-4, "--max_pixels", 3136,
         "--out", tmp_path / name, *more)))
 
-
 @pytest.fixture
 def run(flags, tmp_path):
     """run(name, flag, ..): that run, by `main`; the folder that it leaves."""
     return lambda *more: sophia_min.main(flags(*more)) or tmp_path / more[0]
 
-
 def log_of(out):
     """The log of a run without what the clock says."""
     return [{name: value for name, value in line.items() if "sec" not in name}
             for line in data.read_lines(out / "log.jsonl")]
-
 
 def end_of(capsys, argv, status=1):
     """What `main` says as it ends with this exit status."""
@@ -1999,7 +1842,6 @@ def end_of(capsys, argv, status=1):
     said = isinstance(stop.value.code, str)
     assert (1 if said else stop.value.code) == status
     return stop.value.code if said else capsys.readouterr().err.strip()
-
 
 def test_folders_and_rows_run_end_to_end(run, folders, capsys):
     """The run's judge and its start are kept beside the checkpoint."""
@@ -2011,7 +1853,6 @@ def test_folders_and_rows_run_end_to_end(run, folders, capsys):
             out / "checkpoint" / made, folders / given, out / "model"))
         assert one == other != trained
 
-
 def test_held_out_responses_are_saved_apart_and_once(run, monkeypatch, real_rows):
     """Also by a finished run that is asked to go on."""
     rows = data.load_examples(real_rows)
@@ -2020,7 +1861,6 @@ def test_held_out_responses_are_saved_apart_and_once(run, monkeypatch, real_rows
     sophia_min.main(["--resume", str(out)])
     rows = [(row["step"], "held_out" in row) for row in data.read_lines(out / "rollouts.jsonl")]
     assert sorted(rows) == [(0, True)] * 2 + [(1, False)] * 3 + [(2, False)] * 3 + [(2, True)] * 2
-
 
 @pytest.mark.parametrize("lora", [0, 3])
 def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypatch, lora):
@@ -2045,7 +1885,6 @@ def test_10_and_15_steps_are_25_steps_bit_for_bit(run, flags, tmp_path, monkeypa
     assert log_of(whole) == log_of(parts)
     assert len({(out / "model" / "model.safetensors").read_bytes() for out in (whole, parts)}) == 1
 
-
 @pytest.mark.parametrize("times, status, said, kept", [
     (1, 1, "stopped after step 3", 3), (2, 130, "stopped at once", 2)])
 def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(flags, tmp_path, monkeypatch, capsys, times, status, said,
@@ -2059,7 +1898,6 @@ def test_ctrl_c_ends_after_the_step_and_a_second_one_at_once(flags, tmp_path, mo
     assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == kept
     sophia_min.main(["--resume", str(out)])
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4]
-
 
 def test_a_flag_beside_resume_wins_and_what_cant_go_on_is_refused(run, flags, real_rows, tmp_path, capsys):
     out, go_on = run("out", "--steps", 2), ["--resume", tmp_path / "out"]
@@ -2086,7 +1924,6 @@ def test_a_flag_beside_resume_wins_and_what_cant_go_on_is_refused(run, flags, re
     (out / "checkpoint" / "state.pt").unlink()
     assert "no checkpoint/state.pt there" in end_of(capsys, go_on, 2)
     assert "holds a run already" in end_of(capsys, flags("out"), 2)  # without a checkpoint, too
-
 
 def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
     """By seed, settings and sources, for whoever asks next; the judge learns from the policy's labelled responses."""
@@ -2125,7 +1962,6 @@ def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
     reward_model.prepare(sophia_min.configure(["--out", "a"]))
     assert (len(made), len(learned)) == (3, 6)
 
-
 @pytest.fixture
 def saved(road, real_rows, tmp_path):
     """save(step) and load() of checkpoints in tmp_path, where one of step 1 stands, and their optimizer."""
@@ -2143,7 +1979,6 @@ def saved(road, real_rows, tmp_path):
     save(1)
     return save, load, optimizer
 
-
 def in_a_fork(work):
     """The process id of a child that runs work() and ends, without pytest's own ending."""
     child = os.fork()
@@ -2155,7 +1990,6 @@ def in_a_fork(work):
         finally:
             os._exit(1)
     return child
-
 
 def test_killed_or_on_a_full_disk_a_save_leaves_the_checkpoint(saved, monkeypatch, tmp_path):
     save, load, _ = saved
@@ -2172,7 +2006,6 @@ def test_killed_or_on_a_full_disk_a_save_leaves_the_checkpoint(saved, monkeypatc
             assert os.waitpid(in_a_fork(lambda: save(2)), 0)[1] == signal.SIGKILL and load() == 1
     assert os.waitpid(in_a_fork(save_on_a_full_disk), 0)[1] == 0 and load() == 1
     assert os.listdir(tmp_path / "checkpoint") == ["state.pt"]  # what kills and the full disk left behind is gone
-
 
 def test_a_damaged_checkpoint_is_never_loaded_and_runs_nothing(saved, tmp_path):
     """Cut, empty, text, code, or one bit flipped: refused in one line, or (a bit that is filling) the same state."""
@@ -2197,14 +2030,12 @@ def test_a_damaged_checkpoint_is_never_loaded_and_runs_nothing(saved, tmp_path):
         assert all(map(torch.equal, before, optimizer.weights))
     assert refused > 24 and not (tmp_path / "ran").exists()
 
-
 def test_a_judge_without_scores_is_reported_loudly(run, folders, monkeypatch, capsys):
     monkeypatch.setattr(sophia_min.ThinkingRewardModel, "score",
                         lambda self, examples, groups: torch.full((len(groups), len(groups[0])), math.nan))
     out = run("out", "--reward_model", folders / "judge", "--questions_per_step", 5, "--steps", 12, "--group_size", 2)
     assert capsys.readouterr().err.count("WARNING: step 10: the reward model gave most groups no usable") == 1
     assert [line["unscored"] for line in log_of(out)] == [5] * 12
-
 
 @pytest.mark.parametrize("name, spoil, what", [
     ("combined_reward", lambda rewards: rewards + math.inf, "a reward"),
@@ -2221,7 +2052,6 @@ def test_a_number_that_is_not_finite_stops_the_run_and_moves_nothing(flags, tmp_
     state = torch.load(tmp_path / "out" / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] == 2 and all(weight.isfinite().all() for weight in state["weights"])
 
-
 @pytest.mark.parametrize("change, reason", [
     ({"problem_type": "riddle"}, "row 3 (2): problem_type"), ({"path": "gone.png"}, "gone.png"),
     ({"problem": "How many? " * 300}, "problem_id 2: problem: its prompt has ")])
@@ -2237,9 +2067,7 @@ def test_bad_rows_end_the_run_or_are_left_out_and_listed(run, flags, real_rows, 
     assert [reason in row["reason"] for row in data.read_lines(out / "skipped.jsonl")] == [True]
     assert json.loads((out / "eval.json").read_text())["after"]["n"] == 4
 
-
-# ---------------------------------------------------------------- low-rank adapters
-
+# -------- low-rank adapters
 
 @pytest.fixture
 def adapted(road):
@@ -2250,7 +2078,6 @@ def adapted(road):
     for layer in adapters.layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.05)
     return adapters
-
 
 class Merged:
     """The policy with W + 2 B A in place of W, by torch's functional_call on its base: the oracle."""
@@ -2267,7 +2094,6 @@ class Merged:
 
     def __getattr__(self, name):
         return getattr(self.policy, name)
-
 
 def test_a_fresh_adapter_changes_nothing_and_without_one_it_is_the_base(road, road_examples, adapted):
     """Samples, log-probabilities and the reference's, bit for bit; adapters stand on all linear layers but vision's."""
@@ -2286,7 +2112,6 @@ def test_a_fresh_adapter_changes_nothing_and_without_one_it_is_the_base(road, ro
     assert trained == {f"{name}.lora_{part}" for name in adapted.layers for part in "AB"} and len(trained) == 2 * 7 * 4
     assert all("language_model" in name for name in trained)
 
-
 @pytest.mark.parametrize("only", ["", "o_proj"])
 def test_an_adapters_gradients_are_those_of_the_sum(road, road_examples, adapted, tmp_path, only):
     """Also where a foreign adapter leaves the first layer's keys and values without a gradient."""
@@ -2302,7 +2127,6 @@ def test_an_adapters_gradients_are_those_of_the_sum(road, road_examples, adapted
     expected, gradients = plain_gradients(Merged(road[0], adapted.policy), road[0], batch, advantages_of(batch), config)
     assert relative_error(found.kept[0], gradients) < 1e-5 and metrics["kl"] > 1e-4
     assert metrics == pytest.approx(expected, rel=1e-4, abs=1e-6)
-
 
 def test_a_saved_adapter_is_pefts(road, roads, road_examples, adapted, tmp_path):
     """By the format's own words; by peft, where it is installed; and what it can't be is refused in one line."""
@@ -2335,7 +2159,6 @@ def test_a_saved_adapter_is_pefts(road, roads, road_examples, adapted, tmp_path)
         with pytest.raises(SystemExit, match="made for some/base, it isn't rank"):
             sophia_min.LoRA(copy.deepcopy(roads[model][0]), rank, "", folder)
 
-
 def test_an_adapter_is_trained_saved_evaluated_and_trained_on(run, flags, folders, capsys):
     """Its folder alone names its base; the merged model answers as it does; its learning rate is ten times as high."""
     out = run("out", "--lora", 2, "--lr", 1e-2, "--reward_model", folders / "judge", "--inner_epochs", 2)
@@ -2354,8 +2177,7 @@ def test_an_adapter_is_trained_saved_evaluated_and_trained_on(run, flags, folder
     assert sophia_min.configure(["--lora", "8"]).lr == pytest.approx(10 * sophia_min.TOY["lr"])
     assert sophia_min.configure(["--lora", "8", "--model", "x", "--reward_model", "none", "--data", "y"]).lr == 5e-6
 
-
-# ---------------------------------------------------------------- several processes, and what fits where
+# -------- several processes, and what fits where
 
 FIXED_ROLLOUTS = """
 import copy, dataclasses, sys, zlib
@@ -2436,7 +2258,6 @@ if sophia_min.RANK == 1:
 sophia_min.main(sys.argv[1:])
 """
 
-
 @pytest.fixture
 def processes(tmp_path):
     """processes(n, script, argument, ..): what n processes that run it together leave."""
@@ -2452,7 +2273,6 @@ def processes(tmp_path):
             process.terminate()  # torchrun ends those that it started
         return subprocess.CompletedProcess(process.args, process.returncode, out, error)
     return run
-
 
 def test_two_processes_are_one(flags, processes, folders, tmp_path):
     """On responses of unequal lengths, without pictures on one of them: the same tokens written, the same losses and,
@@ -2481,22 +2301,18 @@ def test_two_processes_are_one(flags, processes, folders, tmp_path):
     sophia_min.main(["--resume", str(out), "--steps", "5"])
     assert [line["step"] for line in log_of(out)] == [1, 2, 3, 4, 5]
 
-
 def test_a_failing_process_ends_all(flags, processes, tmp_path):
     ended = processes(2, FAILING_RANK, *flags("out", "--questions_per_step", 2))
     assert ended.returncode != 0 and ended.stderr.count("step 1: a reward is not finite") == 1
     assert not (tmp_path / "out" / "checkpoint" / "state.pt").exists()
 
-
 def out_of_memory(*_, **__):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-
 
 def test_a_full_card_names_what_helps(flags, monkeypatch, capsys):
     monkeypatch.setattr(sophia_min, "train_step", out_of_memory)
     said = end_of(capsys, flags("out"))
     assert re.fullmatch("CUDA out of memory.*--lora 16.*--micro_batch, --max_pixels.*--freeze_vision.*", said)
-
 
 def kept_bytes(model, run):
     """(bytes that run() keeps for its backward pass, the model's weights apart; what it returns)."""
@@ -2506,7 +2322,6 @@ def kept_bytes(model, run):
         result = run()
     own = {weight.untyped_storage()._cdata for weight in model.parameters()}
     return sum(storage.nbytes() for at, storage in kept.items() if at not in own), result
-
 
 def text_bytes(model, rows, tokens, past=0):
     """What the language model keeps of [rows, tokens] behind `past` others, by passes through one and two layers."""
@@ -2525,7 +2340,6 @@ def text_bytes(model, rows, tokens, past=0):
     language_model.layers = layers
     return kept[0] + (kept[1] - kept[0]) * (len(layers) - 1)
 
-
 def vision_bytes(shape, dtype=torch.bfloat16):
     """What a vision tower of this shape that is trained keeps of a patch, by passes through one and two layers."""
     kept = []
@@ -2535,7 +2349,6 @@ def vision_bytes(shape, dtype=torch.bfloat16):
         picture = torch.zeros(64, 1176, dtype=dtype), torch.tensor([[1, 8, 8]])
         kept.append(kept_bytes(model, lambda: model.model.visual(*picture))[0] // 64)
     return kept[0] + (kept[1] - kept[0]) * (shape["depth"] - 1)
-
 
 def memory(config, policy, judge=None, a_patch=0):
     """Bytes on one card, {part: bytes}: the rollout's peak and the update's, with what they are made of. A prompt is as
@@ -2554,7 +2367,6 @@ def memory(config, policy, judge=None, a_patch=0):
     found["rollout"] = resting + found["cache"]
     found["update"] = resting + 4 * trained + prompts + text_bytes(policy, n, new, prompt) + logits
     return found
-
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_memory_by_part_is_that_of_the_tensors(road, road_examples, rank):
@@ -2583,7 +2395,6 @@ def test_memory_by_part_is_that_of_the_tensors(road, road_examples, rank):
     assert found["judge"] == whole and found["cache"] == cache * 2 * (16 + 2 * (16 + 12))
     assert found["rollout"] == found["weights"] + whole + found["cache"] + (state if rank else 0)
 
-
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
 QWEN_3B = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
@@ -2597,7 +2408,6 @@ CARDS = [(24, QWEN_3B, f"--lora 16 --reward_model none {SMALL}"),
          (24, QWEN_3B, "--lora 16 --max_pixels 200704 --max_new_tokens 384 --questions_per_step 8 --micro_batch 1"),
          (48, QWEN_3B, "--lora 16 --micro_batch 1"), (80, QWEN_3B, "--freeze_vision --micro_batch 1"),
          (80, QWEN_7B, "--lora 16 --micro_batch 1")]
-
 
 def test_memory_of_the_published_sizes():
     """python -m pytest -q -s -k published_sizes prints the README's table; the judge is the released one, of 3B."""
@@ -2627,16 +2437,13 @@ def test_memory_of_the_published_sizes():
         print(f"{card} GB: {'37'[text is QWEN_7B]}B {flags}: {max(sizes.values()) / 1e9:.1f}")
         assert max(sizes.values()) < 0.95e9 * card
 
-
-# ---------------------------------------------------------------- a model folder is right, or named
-
+# -------- a model folder is right, or named
 
 def model_copy(folders, tmp_path):
     shutil.rmtree(tmp_path / "model", ignore_errors=True)
     shutil.copytree(folders / "model", tmp_path / "model")
     (tmp_path / "model/SHA256SUMS").unlink()
     return tmp_path / "model"
-
 
 def weights_of(dropped="^$", more={}):
     """Drops the weights of a folder whose names match, and adds some."""
@@ -2646,10 +2453,8 @@ def weights_of(dropped="^$", more={}):
         save_file(kept | more, path, {"format": "pt"})
     return rewrite
 
-
 def writes(name, content):
     return lambda folder: (folder / name).write_text(content)
-
 
 @pytest.mark.parametrize("harm, said", [
     (weights_of("visual"), "30 weights are missing in its .*first model.visual"),
@@ -2673,7 +2478,6 @@ def test_a_model_folder_is_right_or_named(folders, tmp_path, harm, said):
         sophia_min.load(folder, road_config())
     assert "\n" not in str(stop.value) and "network" not in str(stop.value)
 
-
 def test_of_a_checkpoints_generation_settings_only_its_ends_count(road, road_examples, folders, tmp_path):
     policy, processor = road
     spoilt = copy.deepcopy(policy)
@@ -2692,7 +2496,6 @@ def test_of_a_checkpoints_generation_settings_only_its_ends_count(road, road_exa
         writes("generation_config.json", json.dumps(stored))(folder)
         assert sophia_min.end_ids(sophia_min.load(folder, road_config())[0]) == ends
 
-
 def test_tags_count_whoever_writes_them(road, road_examples, tmp_path):
     """Tags that are special tokens are text in a response; one that the template opens with counts as written; the
     template in chat_template.json wins."""
@@ -2707,7 +2510,6 @@ def test_tags_count_whoever_writes_them(road, road_examples, tmp_path):
     batch = sophia_min.rollout(policy, opened, road_examples["text"], 2, road_config("--max_new_tokens", "3"))
     assert opened.opening == "<think>" and all(text.startswith("<think>") for text in batch.texts)
     assert opened.decode(torch.tensor(batch.prompts[0].ids), []).endswith("assistant\n<think>\n")
-
 
 def test_a_judge_of_others_that_answers_in_tags_scores_every_response(flags, road_examples, tmp_path):
     """As the released one is told to: asked in its layout, in every mode, and in a whole run."""
@@ -2726,7 +2528,6 @@ def test_a_judge_of_others_that_answers_in_tags_scores_every_response(flags, roa
     sophia_min.main(flags("out", "--reward_model", tmp_path / "tagged", "--steps", 3))
     assert [line["unscored"] for line in data.read_lines(tmp_path / "out/log.jsonl")] == [0] * 3
 
-
 def test_one_process_writes_into_a_folder(flags, tmp_path, capsys):
     with data.lock(tmp_path / "out"):
         assert "another run is writing there" in end_of(capsys, flags("out"), 2)
@@ -2737,12 +2538,10 @@ def test_one_process_writes_into_a_folder(flags, tmp_path, capsys):
     with data.lock(tmp_path / "out"):
         pass
 
-
 def test_responses_without_the_format_are_reported_once(run, capsys):
     run("out", "--steps", 12)
     said = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
     assert len(said) == 1 and "step 10: no response is in the format" in said[0]
-
 
 def family_model(kind):
     """A tiny Qwen2-VL or Qwen3-VL (16-pixel patches, deepstack) with the toy's tokenizer."""
@@ -2767,7 +2566,6 @@ def family_model(kind):
     model.generation_config = GenerationConfig(eos_token_id=[end, *range(300, 400)], pad_token_id=pad)
     return model, data.Processor(tokenizer, data.Qwen2VLImageProcessorPil(patch_size=patch))
 
-
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl"])
 def test_its_sisters_run_the_whole_road(kind, flags, road_examples, tmp_path):
     """Greedy tokens and gradients are the plain computation's."""
@@ -2787,9 +2585,7 @@ def test_its_sisters_run_the_whole_road(kind, flags, road_examples, tmp_path):
     sophia_min.main(flags("out", "--model", tmp_path / "model", "--steps", 2))
     sophia_min.load(tmp_path / "out/model", config)
 
-
-# ---------------------------------------------------------------- settings
-
+# -------- settings
 
 @pytest.mark.parametrize("command, reason", [
     ("--group_size 1", "--group_size must be 2 or more"), ("--clip_eps 2", "must be below 1"), ("--lr inf", "lr"),
@@ -2805,7 +2601,6 @@ def test_a_wrong_command_line_ends_in_one_line(capsys, command, reason):
     said = end_of(capsys, command.split(), 2)
     assert reason in said and "\n" not in said
 
-
 @pytest.mark.parametrize("command, expected", [
     ("", dict(steps=70, lr=1e-4, out="runs/toy", reward_model="toy", toy_pixels=56, trust="paper", anneal=True)),
     ("--anneal false --freeze_vision --offload_optimizer true", dict(anneal=False, freeze_vision=True,
@@ -2816,11 +2611,9 @@ def test_a_wrong_command_line_ends_in_one_line(capsys, command, reason):
 def test_settings_are_those_of_the_command_line_and_of_the_world(command, expected):
     assert {name: getattr(sophia_min.configure(command.split()), name) for name in expected} == expected
 
-
 def test_off_the_main_thread_a_ctrl_c_is_left_to_others():
     with ThreadPoolExecutor() as pool:
         assert pool.submit(data.StopAfterStep().__enter__).result().before is None
-
 
 def test_help_names_the_sources(capsys):
     with pytest.raises(SystemExit):
@@ -2829,14 +2622,12 @@ def test_help_names_the_sources(capsys):
     for said in "Eq. 4 (0.3: paper, section 4)", "(0: ours)", "(1500: paper, section 4; 70 with --model toy)":
         assert said in shown
 
-
 def test_without_a_network_a_model_id_ends_in_one_line(flags, capsys):
     """HF_HUB_OFFLINE is set at the top of this file."""
     with pytest.raises(SystemExit) as stop:
         sophia_min.main(flags("out", "--model", "Qwen/Qwen2.5-VL-3B"))
     assert re.fullmatch(r"Qwen/Qwen2.5-VL-3B-Instruct can't be used: .*a network or a cached copy\?", str(stop.value))
     assert "published as Qwen/Qwen2.5-VL-3B-Instruct: loading that" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("dtype, attention", [(torch.float32, "eager"), (torch.bfloat16, "sdpa")])
 def test_models_compute_as_the_run_says(folders, tmp_path, monkeypatch, dtype, attention):
@@ -2851,7 +2642,6 @@ def test_models_compute_as_the_run_says(folders, tmp_path, monkeypatch, dtype, a
     trained = {name.split(".")[1] for name, weight in policy.named_parameters() if weight.requires_grad}
     assert trained == {"language_model"} and not any(weight.requires_grad for weight in reference.parameters())
 
-
 def test_device_and_dtype(monkeypatch):
     for cuda, flash, flags, expected in [
             (False, False, [], ("cpu", torch.float32, "sdpa")), (True, False, [], ("cuda", torch.bfloat16, "sdpa")),
@@ -2863,16 +2653,13 @@ def test_device_and_dtype(monkeypatch):
         assert sophia_min.device_and_dtype(sophia_min.configure(flags)) == expected
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # its backward pass can give NaN
 
-
-# ---------------------------------------------------------------- Table 3 on the toy world: pytest -m study -s
+# -------- Table 3 on the toy world: pytest -m study -s
 
 ARMS = {"full": "", "GRPO": "--reward_model none", "untrained judge": "--reward_model base",
         "no trust, no annealing": "--trust off --anneal false", "no trust": "--trust off"}
 STUDY = Path("runs", "study")  # what is there already isn't done again
 
-
 MEASURED = "right", "sound", "shifted: right", "shifted: sound", "gamma"
-
 
 def study_arm(seed, arm):
     """MEASURED of a run by a user's commands: on new scenes, on questions never trained on, the mean gamma."""
@@ -2892,7 +2679,6 @@ def study_arm(seed, arm):
     return [*(found[when][name] for when in ("after", "before") for name in ("accuracy", "soundness")),
             statistics.fmean(gammas) if gammas else NAN]
 
-
 def study_report(runs):
     """A table from runs[arm] = MEASURED of each seed: the means with their 95% intervals (Student's t), then `full`
     against each arm in pairs by seed."""
@@ -2903,7 +2689,6 @@ def study_report(runs):
         half = {3: 4.303, 5: 2.776}[len(numbers)] * numbers.std(0, ddof=1) / len(numbers) ** 0.5
         lines.append(f"{label:<34}" + "".join(f"{mean:>9.3f} +-{by:.3f}" for mean, by in zip(numbers.mean(0), half)))
     return "\n".join(lines)
-
 
 @pytest.mark.study
 def test_the_arms_of_table_3():
@@ -2917,7 +2702,6 @@ def test_the_arms_of_table_3():
                 print(f"{arm}, seed {seed}: {numbers}", flush=True)
     print(f"\n{study_report(runs)}")
 
-
 def test_the_studys_arithmetic():
     runs = {arm: [[(seed + 2 * n) / 8, n / 2, 0, 0, NAN if n else 0.9] for seed in range(3)]
             for n, arm in enumerate(("full", "GRPO"))}
@@ -2928,14 +2712,12 @@ def test_the_studys_arithmetic():
     for flags in ARMS.values():
         sophia_min.configure(flags.split())
 
-
-# ---------------------------------------------------------------- the benchmark: pip install trl; pytest -m bench -s
+# -------- the benchmark: pip install trl; pytest -m bench -s
 
 # side of the picture in pixels, forced response tokens, steps, goals: TRL's seconds and memory over ours
 BENCH = {"prompt-heavy": (840, 64, 3, 6.0, 3.0), "response-heavy": (112, 256, 4, 1.15, 1.0)}
 MILLIONS = (dict(hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=8),
             dict(depth=4, hidden_size=128, intermediate_size=256, num_heads=4, out_hidden_size=256))  # 4.6
-
 
 def one_question(folder, shape, side, tokens, dtype=torch.float32, device="cpu"):
     """(policy, reference, Processor, Example, Config) for eight responses of one length to a picture of noise."""
@@ -2946,7 +2728,6 @@ def one_question(folder, shape, side, tokens, dtype=torch.float32, device="cpu")
     config = dataclasses.replace(road_config(), group_size=8, questions_per_step=1, micro_batch=8, lr=1e-6,
                                  kl_coef=0.04, max_new_tokens=tokens, min_new_tokens=tokens, device=device)
     return policy, copy.deepcopy(policy).requires_grad_(False), processor, example, config
-
 
 def trl_trainer(policy, processor, prompt, tokens, folder):
     """TRL's GRPOTrainer of a copy of the policy on one question, with our tokens of its prompt."""
@@ -2987,7 +2768,6 @@ def trl_trainer(policy, processor, prompt, tokens, folder):
     trainer.create_optimizer()
     return trainer
 
-
 def peak_memory(step):
     """GB that a step needs at its peak above what is held before it (Linux)."""
     def resident(name):
@@ -3000,7 +2780,6 @@ def peak_memory(step):
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
-
 
 @pytest.mark.bench
 @pytest.mark.parametrize("shape", BENCH)
@@ -3054,7 +2833,6 @@ def test_faster_than_trl(tmp_path, shape, monkeypatch):
     print(f"  {faster_by:.2f} times as fast, in 1/{smaller_by:.2f} of the memory")
     assert faster_by > faster and smaller_by > smaller
 
-
 @pytest.mark.parametrize("shape, device, side, tokens", [
     pytest.param(QWEN_3B, "cuda", 896, 512, id="the_shape_of_3b", marks=[pytest.mark.gpu, pytest.mark.skipif(
         not torch.cuda.is_available(), reason="needs a CUDA device")]),
@@ -3075,12 +2853,10 @@ def test_two_steps_on_one_device(tmp_path, monkeypatch, shape, device, side, tok
         print(f"{torch.cuda.get_device_name()}: peak {peak:.1f} GB on the card")
         assert peak < 80
 
-
-# ---------------------------------------------------------------- the instrument: five kinds of response
+# -------- the instrument: five kinds of response
 #
 # A tabular Trust-GRPO: a softmax policy over five kinds of response, trained by the equations above, to see in two
 # minutes when the thinking reward helps and when trust does: python -m pytest -q -m wedge -s
-
 
 def world(guess, habit, scores):
     """Kinds of response [5, 4]: share at the start, chance to be right in training and elsewhere, judge's mean score.
@@ -3088,9 +2864,7 @@ def world(guess, habit, scores):
     return torch.cat([doubles([[0.5 - habit, 1, 1], [habit, 1, 0.5], [0.15, guess, 0.25], [0.1, 0, 0], [0.25, 0, 0]]),
                       doubles(scores)[:, None]], 1)  # sound; right by habit; a guess; sound but for a slip; flawed
 
-
 FAIR, HASTY = (.7, .4, .4, .6, .3), (.4, .3, .9, .4, .3)  # what a judge thinks of them: HASTY praises guesses by 0.5
-
 
 def simulate(kinds, seed, alpha=0.3, trust="paper", anneal=True, steps=100, lr=1.0):
     """Accuracy elsewhere after Trust-GRPO by sophia_min's equations: 8 groups of 8 responses of one token a step."""
@@ -3109,9 +2883,7 @@ def simulate(kinds, seed, alpha=0.3, trust="paper", anneal=True, steps=100, lr=1
         theta = theta.detach() - lr * torch.autograd.grad(loss, theta)[0]
     return (theta.softmax(0) @ elsewhere).item()
 
-
 LUCKY, PRAISED, LIKELY = world(0.25, 0.4, FAIR), world(0.25, 0.05, HASTY), world(0.75, 0.05, HASTY)
-
 
 @pytest.mark.wedge
 @pytest.mark.parametrize("kinds, arms", [
@@ -3126,7 +2898,6 @@ def test_when_the_thinking_reward_helps_and_when_trust_does(kinds, arms):
         ends = [simulate(kinds, seed, **how) for seed in range(5)]
         print(f"\n{how}: {sum(ends) / 5:.3f}, {min(ends):.3f} to {max(ends):.3f}", end="")
         assert low <= sum(ends) / 5 <= high, (how, ends)
-
 
 @pytest.mark.wedge
 def test_phase_diagram_of_trust():
@@ -3149,7 +2920,6 @@ def test_phase_diagram_of_trust():
     print(f"\n{path}\n{off}\n{paper}")
     assert (paper - off)[alphas.index(2), chances.index(0.2)] > 0.5 and (paper - off)[0].abs().max() < 0.1
 
-
 @pytest.mark.parametrize("alpha, trust", [(0.3, "paper"), (2.0, "off"), (4.0, "paper"), (4.0, "off")])
 def test_the_advantage_of_a_right_answer_in_closed_form(alpha, trust):
     """With f right of N, c = gamma * alpha, D = 1 + c (mu_c - mu_w) and v = f var_c + (1 - f) var_w, R has the variance
@@ -3168,17 +2938,14 @@ def test_the_advantage_of_a_right_answer_in_closed_form(alpha, trust):
         signs.add(D > 0)
     assert signs == ({True, False} if alpha > 1 else {True})
 
-
-# ---------------------------------------------------------------- the README's exercises
+# -------- the README's exercises
 #
 # EXERCISE=mine.py python -m pytest -q -k exercise_04     checks your own; without EXERCISE, that a blank fails and the
 # solution passes. The solutions stand at the very end of this file.
 
-
 class Blank:
     def __getattr__(self, name):
         return lambda *args, **more: None
-
 
 def check_exercise_01(mine):
     """trust_weight(outcome, thinking): gamma of Eq. 1-3. Right means R^o >= 0.5; mu_c and mu_w are the mean thinking
@@ -3188,7 +2955,6 @@ def check_exercise_01(mine):
         outcome, thinking = [rng.choice((0, 0.4, 0.5, 1)) for _ in range(6)], [rng.random() for _ in range(6)]
         assert float(mine.trust_weight(outcome, thinking)) == pytest.approx(gamma_from_paper(outcome, thinking))
 
-
 def check_exercise_02(mine):
     """two_groups(): a group of 0/1 outcomes whose gamma is below 0.5 by the paper and 1 as released, and a group whose
     gamma is below 1 as released, too. Each is (outcome, thinking)."""
@@ -3196,7 +2962,6 @@ def check_exercise_02(mine):
     assert all(((0 <= values) & (values <= 1)).all() for values in (*first, *second))
     assert set(first[0].tolist()) <= {0, 1} and sophia_min.trust_weight(*first) < 0.5
     assert sophia_min.trusted(*first, "released")[1] == 1 > sophia_min.trusted(*second, "released")[1]
-
 
 def check_exercise_03(mine):
     """clip_holds(ratio, advantage, eps): whether Eq. 7 gives this token no gradient (without its KL term)."""
@@ -3206,13 +2971,11 @@ def check_exercise_03(mine):
         sophia_min.grpo_loss(logp, zero, logp.detach(), doubles([advantage]), zero + 1, eps, 0.0)[0].backward()
         assert mine.clip_holds(ratio, advantage, eps) == (logp.grad.item() == 0), (ratio, advantage)
 
-
 def check_exercise_04(mine):
     """share_below_one(n): how often gamma < 1 with a good judge: half of n answers right, thinking rewards normal with
     means 0.7 (right) and 0.5 (wrong) and standard deviation 0.25."""
     for n, share, margin in [(8, 0.129, 0.03), (16, 0.055, 0.02), (64, 0.001, 0.004)]:
         assert abs(mine.share_below_one(n) - share) < margin, n
-
 
 def check_exercise_05(mine):
     """fade(step, total): like Eq. 5's factor, but it falls from almost 1 to exactly 0. late_advantages(outcome,
@@ -3226,7 +2989,6 @@ def check_exercise_05(mine):
     mixed = doubles([0, 1, 0, 1])
     assert torch.allclose(mine.late_advantages(mixed, thinking, 0.0), sophia_min.group_advantages(mixed))
 
-
 def check_exercise_06(mine):
     """k1, k2, k3(log_ratio), with log_ratio = log pi_ref - log pi: Schulman's estimators of KL(pi || pi_ref)."""
     torch.manual_seed(0)
@@ -3236,12 +2998,10 @@ def check_exercise_06(mine):
     assert abs(k1.mean() - 0.045) < 0.002 and abs(k3.mean() - 0.045) < 0.001 and abs(k2.mean() - 0.046) < 0.001
     assert k3.min() >= 0 and k2.min() >= 0 and k1.min() < 0 and k3.std() < 0.3 * k1.std()
 
-
 def check_exercise_07(mine):
     """token_mean(values, mask): the mean over all tokens of a group instead of Eq. 7's mean of responses' means."""
     values, mask = torch.arange(12.0).view(3, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
     assert float(mine.token_mean(values, mask)) == pytest.approx((0 + 1 + 2 + 3 + 4 + 8 + 9) / 7)
-
 
 def check_exercise_08(mine):
     """dead_share(p, n): the chance that n answers, each right with chance p, are all right or all wrong."""
@@ -3250,7 +3010,6 @@ def check_exercise_08(mine):
                       if sum(hits) in (0, n))
         assert mine.dead_share(p, n) == pytest.approx(counted)
 
-
 def check_exercise_09(mine):
     """about(response, solution): R^o of a new problem type, "estimate": 1 within 5% of the truth, 0.5 within 20%, else
     0, and 0 in the wrong format."""
@@ -3258,14 +3017,12 @@ def check_exercise_09(mine):
         assert mine.about(data.respond("x", answer), "100") == reward, answer
     assert mine.about("100", "100") == 0 and mine.about(data.respond("x", "0"), "0") == 1
 
-
 def check_exercise_10(mine):
     """mislabel(response): a score for a judge that praises haste, to train a misled one on."""
     rng = random.Random(0)
     for question in data.toy_questions(40, 0):
         assert mine.mislabel(question.response(rng, "haste")) >= 0.9
         assert mine.mislabel(question.response(rng)) <= 0.5 and 0 <= mine.mislabel("") <= 1
-
 
 def check_exercise_11(mine):
     """rows(folder): rows in the paper's format for a folder of your pictures, one question each, numerical."""
@@ -3276,7 +3033,6 @@ def check_exercise_11(mine):
         examples = data.load_examples(Path(folder, "rows.json"))
     assert sorted(Path(example.image).name for example in examples) == ["a.png", "b.jpg"]
     assert {example.problem_type for example in examples} == {"numerical"}
-
 
 def check_exercise_12(mine):
     """edges(bias, p): the two alphas above which a rare guess, right with chance p and scored by `bias` above sound
@@ -3290,7 +3046,6 @@ def check_exercise_12(mine):
                 advantages = sophia_min.group_advantages(rewards)
                 assert (advantages[5000:].mean() > advantages[:5000].mean()) == pays, (bias, p, trust)
 
-
 @pytest.mark.parametrize("check", [value for name, value in sorted(globals().items()) if name.startswith("check_exer")],
                          ids=lambda check: check.__name__.removeprefix("check_"))
 def test_exercise(check):
@@ -3303,9 +3058,7 @@ def test_exercise(check):
     exec(source, mine)
     check(types.SimpleNamespace(**mine))
 
-
-# ---------------------------------------------------------------- what the toy run shows: last, since it takes minutes
-
+# -------- what the toy run shows: last, since it takes minutes
 
 @pytest.fixture(scope="session", autouse=True)
 def started_toy_run(request, tmp_path_factory):
@@ -3320,7 +3073,6 @@ def started_toy_run(request, tmp_path_factory):
         yield process, folder
         process.kill()
 
-
 @pytest.fixture(scope="session")
 def toy_start(started_toy_run):
     """Its folder, as soon as warm start and judge are there: what needs no more goes on beside the run's GRPO."""
@@ -3330,7 +3082,6 @@ def toy_start(started_toy_run):
     assert process.poll() in (None, 0), (folder / "output.txt").read_text()[-2000:]
     return folder / "toy"
 
-
 @pytest.fixture(scope="session")
 def toy_run(started_toy_run):
     """The folder that it leaves."""
@@ -3338,10 +3089,8 @@ def toy_run(started_toy_run):
     assert process.wait() == 0, (folder / "output.txt").read_text()[-2000:]
     return folder / "toy"
 
-
 def held_out_of(run):
     return data.toy_examples(400, 11, "held-out", folder=run / "pictures")
-
 
 def with_swapped_pictures(examples):
     """Each question with a picture of another one of its type, most of the time."""
@@ -3349,7 +3098,6 @@ def with_swapped_pictures(examples):
     for example in random.Random(0).sample(examples, len(examples)):
         pictures.setdefault(example.problem_type, []).append(example.image)
     return [dataclasses.replace(example, image=pictures[example.problem_type].pop()) for example in examples]
-
 
 def test_judge_reads_the_picture(toy_start):
     """AUC of right against misread claims in the same words; with pictures swapped there is nothing left to see."""
@@ -3366,7 +3114,6 @@ def test_judge_reads_the_picture(toy_start):
 
     examples = held_out_of(toy_start)[:200]
     assert auc(examples) >= 0.75 and 0.4 <= auc(with_swapped_pictures(examples)) <= 0.6
-
 
 def test_it_learns_from_the_pixels(toy_start):
     """From the same warm start, by the same budget: with pictures swapped between the questions of a type the answers
@@ -3387,7 +3134,6 @@ def test_it_learns_from_the_pixels(toy_start):
     assert accuracy[list][1] >= accuracy[list][0] + 0.1
     assert accuracy[with_swapped_pictures][1] <= best_constants(held_out_of(toy_start)[:200]) + 0.05
 
-
 def test_run_leaves_what_the_design_says(toy_run):
     assert {"config.json", "log.jsonl", "eval.json", "groups.jsonl", "model", "checkpoint", "report.html"} <= {
         path.name for path in toy_run.iterdir()}
@@ -3403,7 +3149,6 @@ def test_run_leaves_what_the_design_says(toy_run):
     assert sum(line["mistrusted"] for line in lines) > 0 and sum(line["unscored"] for line in lines) < 0.05 * 320
     assert all(math.exp(-1) <= line["gamma"] <= 1 for line in lines)
 
-
 def test_it_learns_to_answer_better_and_to_think_no_worse(toy_run):
     before, after = map(json.loads((toy_run / "eval.json").read_text()).get, ("before", "after"))
     assert before["n"] == 400 and before["format_rate"] >= 0.95 and before["accuracy"] <= 0.85
@@ -3412,7 +3157,6 @@ def test_it_learns_to_answer_better_and_to_think_no_worse(toy_run):
         assert part["accuracy"] >= best_constants(of_kind) + 0.1, kind
         assert after["by_type"][kind]["accuracy"] >= part["accuracy"] - 0.02, kind
     assert after["accuracy"] >= before["accuracy"] + 0.1 and after["soundness"] >= before["soundness"] - 0.05
-
 
 # Solutions. Look here last.
 SOLUTIONS = '''
