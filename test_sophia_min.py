@@ -473,12 +473,13 @@ OPTIONS = [  # options, truth, right answers, wrong answers
     (SIDES, "AC", ["C,A"], ["A,A"]), (SIDES, "A,A", [], ["A", "A,A", "AA"]), (SIDES, "E", [], ["E", "A"]),
     (list("1234"), "2", ["2", "B", "B. 2", "(2)"], ["1", "A", "B. 3", "22", "1,2"]),
     (["dog", "cat"], "cat", ["Cat", "B", "cat.", "(B) cat"], ["dog", "A", "a cat", "cat dog", "cats"]),
-    (["(A) 40", "(B) 60"], "60", ["B", "(B)"], ["A", "40"]),
+    (["(A) 40", "(B) 60"], "60", ["B", "(B)"], ["A", "40"]), (["1. 3", "2. 1", "3. 2"], "2", ["2", "2. 1"], ["3", "1"]),
     (["c. 1", "a. 2", "b. 3"], "A", ["a", "2", "A. 2"], ["1", "3", "C"]), (["A", "B", "C"], "B", ["(B)"], ["A", "C"]),
     (["a.m.", "p.m."], "p.m.", ["B", "p.m."], ["A", "a.m.", "p"]), (BLOOD, "AB", ["AB", "D"], ["A", "A,B"]),
     (BLOOD, "A", ["A"], ["O", "B"]),  # the text of an option wins over a letter that is not shown
     (["A. C", "B. D", "C. A", "D. B"], "C", ["C", "C. A"], ["A", "A. C", "D"]),  # and a shown letter wins over a text
-    (["A. 5", "B. 5"], "A", ["A", "A. 5"], ["5", "B"]), (["A. 60", "B. -60"], "A", ["A. 60"], ["A. -60", "A -60"]),
+    (["A, B", "B, C"], "B", ["B"], ["A", "C"]), (["A. 5", "B. 5"], "A", ["A", "A. 5"], ["5", "B"]),
+    (["A. 60", "B. -60"], "A", ["A. 60"], ["A. -60", "A -60"]),
     (["A. cats and dogs", "B. cats", "C. dogs"], "A", ["cats and dogs"], ["cats", "B and C"]),
     ([], "B", ["b", "(B)"], ["A", "B or C", "BC"]), ([], "Z", ["Z"], ["Y"]),
     ([], "tea", [], ["eat", "ate"]), ([], "CAB", [], ["cab", "BAC"]), (["A. ;", "B. ,"], "B", [",", "B"], [";"]),
