@@ -144,8 +144,10 @@ def _pillow(path):
     """An opened picture, if Pillow shows its pixels as a person sees them; else DataError."""
     try:  # a stream, since Pillow maps a named TIFF into memory with its sides swapped
         with open(path, "rb") as file, Image.open(file, formats=PICTURE_FORMATS) as picture:
-            if picture.mode[0] in "IF" or "transparency" in picture.info and (  # 16 bits and more: what is white?
-                    picture.tile[0].args in ("L;2", "L;4", "RGB;16B")):
+            tags = getattr(picture, "tag_v2", {})  # a TIFF's; 258: bits of a sample, 262: is 0 white
+            if (picture.mode in ("I", "F") or picture.mode[0] == "I" and (tags.get(258, (16,)), tags.get(262, 1)) != (
+                    (16,), 1) or "transparency" in picture.info and picture.tile[0].args in (
+                    "L;2", "L;4", "I;16B", "RGB;16B")):
                 raise ValueError(f"unusual {picture.format}, {picture.mode}")
             yield picture
     except Exception as error:  # changing a file's bytes at random makes Pillow raise a dozen kinds
@@ -163,7 +165,10 @@ def open_picture(path):
         turn = None
         with suppress(SyntaxError):  # unreadable EXIF: as stored, as in a viewer; exif_transpose dies of any odd tag
             turn = TURN.get(picture.getexif().get(0x112))
-        if picture.has_transparency_data and not (picture.format == "BMP" and picture.getextrema()[3] == (0, 0)):
+        if picture.mode[0] == "I":  # 16 bits, where convert("RGB") would clip at 255; 8-bit values stay as they are
+            values = np.asarray(picture).astype(float)
+            picture = Image.fromarray((values / (257 if values.max() > 255 else 1)).round().astype(np.uint8))
+        elif picture.has_transparency_data and not (picture.format == "BMP" and picture.getextrema()[3] == (0, 0)):
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         picture = picture.convert("RGB")
@@ -890,9 +895,9 @@ def toy_examples(n, seed, part="train", size=56, folder=None):
     return examples
 
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
-{% for part in message.content %}\
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
 {% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
-{% endfor %}<|im_end|>
+{% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""  # Qwen's layout
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",

@@ -16,7 +16,7 @@ from transformers import set_seed
 
 import data
 from data import progress, write_rows
-from sophia_min import (ASK, CRITERIA, DELIMITER, JUDGE_FORM, TRAINED_HERE, Config, MasterAdamW, PrefixCache,
+from sophia_min import (ASK, DELIMITER, JUDGE_FORM, TRAINED_HERE, Config, MasterAdamW, PrefixCache,
                         ThinkingRewardModel, device_and_dtype, load, pad, parse_score, responses, target_logits)
 
 # -------- supervised fine-tuning
@@ -201,8 +201,8 @@ def auc(good, bad):
     return (np.greater.outer(good, bad) + np.equal.outer(good, bad) / 2).mean()
 
 def agreement(rows, scores):
-    """How well scores (NaN: none) agree with the rows' labels. auc: sound (a label of data.SOUND or more) above flawed;
-    by fault: faultless above those with it."""
+    """How well scores (NaN: none) agree with the rows' labels. auc: sound (a label of data.SOUND or more) above flawed.
+    """
     scored = [(row, score) for row, score in zip(rows, scores) if not math.isnan(score)]
     labels, scores = [row["score"] for row, _ in scored], [score for _, score in scored]
     spread = min(len(set(labels)), len(set(scores))) > 1
@@ -212,10 +212,6 @@ def agreement(rows, scores):
         part = [(row["score"], score) for row, score in scored if kind in ("", row["problem_type"])]
         found[f"auc, {kind}" if kind else "auc"] = auc([score for label, score in part if label >= data.SOUND],
                                                        [score for label, score in part if label < data.SOUND])
-    if all("faults" in row for row in rows):
-        faultless = [score for row, score in scored if not any(row["faults"].values())]
-        for name in CRITERIA:
-            found[f"auc, {name}"] = auc(faultless, [score for row, score in scored if row["faults"][name]])
     for n in range(11):
         there = [label for label, score in zip(labels, scores) if interval(score) == n]
         found[f"mean label, scores from {n / 10}"] = np.mean(there) if there else None
@@ -244,7 +240,7 @@ def example_of(row):
                         row["image"], "")
 
 def labels_of(groups, judge, rm_mode, rm_prompt):
-    """The labels of each question's rows: {"score"}, NaN for none; the oracle adds "critique" and "faults"."""
+    """The labels of each question's rows: {"score"}, NaN for none; the oracle adds "critique"."""
     model = None if judge == "toy" else ThinkingRewardModel(*load(judge, Config()), rm_mode, rm_prompt)
     for group in progress(groups, desc=f"scores of {judge}"):
         texts = [row["response"] for row in group]
@@ -253,8 +249,7 @@ def labels_of(groups, judge, rm_mode, rm_prompt):
             yield [{"score": round(score, 6)} for score in scores]
         else:
             question = data.toy_question(group[0]["id"])
-            yield [{"score": question.soundness(text), "critique": question.critique(text),
-                    "faults": question.faults(text)[0]} for text in texts]
+            yield [{"score": question.soundness(text), "critique": question.critique(text)} for text in texts]
 
 def collect(runs: list, out: str, held_out: bool = False):
     """The different (question, response) pairs of runs with --save_rollouts; --held_out: those never trained on."""
