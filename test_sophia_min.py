@@ -1898,7 +1898,7 @@ def test_a_flag_beside_resume_wins_and_what_cant_go_on_is_refused(run, flags, re
     start.write_bytes(start.read_bytes()[:-1] + b"x")
     assert "model.safetensors changed since it was saved" in end_of(capsys, go_on)
     (out / "checkpoint" / "state.pt").unlink()
-    assert "no checkpoint/state.pt there" in end_of(capsys, go_on, 2)
+    assert "state.pt" in end_of(capsys, go_on, 2)
     assert "holds a run already" in end_of(capsys, flags("out"), 2)  # without a checkpoint, too
 
 def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
