@@ -81,7 +81,7 @@ def warm_start(model, processor, seed, folder):
         return [processor.question(example)] * 2, [
             processor.encode(question.response(rng, question.habit(rng))) + eos for _ in range(2)]
 
-    sft(model, items, look, 700, 12, 2e-3, "warm start 1/2: SFT on sound responses, and on checking others", seed)
+    sft(model, items, look, 700, 12, 2e-3, "warm start 1/2: SFT on sound responses, on checking others", seed)
     attentive = copy.deepcopy(model)
     sft(model, items, relapse, 120, 16, 1.5e-3, "warm start 2/2: SFT on half of them hasty or flawed", seed)
     return attentive
@@ -103,7 +103,7 @@ def toy_judge(config, start, judge_start):
         rows = shuffled(rows, config.seed)
     return train(*load(judge_start, config), rows, steps=250, per_step=12, mode=config.rm_mode or "reason",
                  lr=1.5e-3 if config.model == "toy" else 1e-5, seed=config.seed, micro_batch=config.micro_batch,
-                 desc=f"reward model 2/2: SFT on {len(rows)} labelled responses")
+                 desc=f"reward model 2/2: SFT on {len(rows)} responses")
 
 def prepare(config):
     """{"start", "reward_model"}: what a run on toy questions begins with. What must be learned first is kept in

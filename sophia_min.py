@@ -96,11 +96,11 @@ class Config:
     offload_optimizer: bool | None = setting(None, "AdamW on the host; none: on one GPU, without --lora")
     seed: int = setting(0, "of everything random")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
-    attn: Literal["auto", "sdpa", "flash_attention_2", "eager"] = setting("auto", "auto: flash-attn if it can be used")
+    attn: Literal["auto", "sdpa", "flash_attention_2", "eager"] = setting("auto", "auto: flash-attn if it can be")
     save_every: int = setting(100, "steps between checkpoints")
     save_rollouts: bool = setting(False, "write all responses to rollouts.jsonl, for reward_model.py")
     skip_bad: bool = setting(False, "leave bad rows out, listed in skipped.jsonl")
-    out: str = setting("runs/sophia", "folder for everything that the run leaves")
+    out: str = setting("runs/sophia", "folder for what the run leaves")
     resume: str | None = setting(None, "continue the run in this folder; flags beside it win over its own")
     eval_only: bool = setting(False, "greedy accuracy per problem type, no training")
 
