@@ -63,7 +63,7 @@ def setting(default, help, source=OURS):
 @dataclass
 class Config:
     """All settings of a run, the paper's where it names one; TOY below replaces some with --model toy."""
-    model: str = setting("toy", "toy, a Hugging Face id or a folder")
+    model: str = setting("toy", "toy, an id or a folder")
     data: str = setting("toy", "toy, toy-shifted (kinds that training never asks) or a .json or .jsonl file of rows")
     toy_pixels: int = setting(448, "width and height of the toy's pictures")
     image_root: str | None = setting(None, "folder that picture paths start from; none: the file's")
