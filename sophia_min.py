@@ -94,7 +94,7 @@ class Config:
     lora: int = setting(0, "rank of adapters to train instead of all weights; --lr is then 10 times as high")
     adapter: str | None = setting(None, "folder of an adapter to start from or to evaluate, from --lora or from peft")
     offload_optimizer: bool | None = setting(None, "AdamW on the host; none: on one GPU, without --lora")
-    seed: int = setting(0, "of everything random")
+    seed: int = setting(0, "of all chance")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     attn: Literal["auto", "sdpa", "flash_attention_2", "eager"] = setting("auto", "auto: flash-attn if it can be")
     save_every: int = setting(100, "steps between checkpoints")
