@@ -710,8 +710,8 @@ def join_ranks(config):
     distributed.init_process_group(kinds, timeout=timedelta(hours=2))
 
 def shard(model, dtype):
-    """Spread a model over the ranks (FSDP2), to compute in `dtype`. The root has the tied embeddings; `generate` calls
-    the vision tower by itself. What enters a layer stays as it is: rotary angles are fp32."""
+    """Spread a model over the ranks (FSDP2), to compute in `dtype`; gradients are averaged. The root has the tied
+    embeddings; the vision tower is called by itself. Inputs aren't cast: rotary angles are fp32."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     mesh, visual = init_device_mesh(model.device.type, (WORLD,)), model.model.visual
     for unit in (*visual.blocks, visual, *model.model.language_model.layers, model):
