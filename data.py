@@ -7,11 +7,13 @@ import io
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
 import string
+import struct
 import sys
 import tempfile
 import unicodedata
@@ -30,7 +32,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 import torch
-from jinja2 import Template
+from jinja2 import Template, TemplateError
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -44,6 +46,10 @@ from transformers.utils import cached_file, is_flash_attn_2_available
 # Under torchrun each process computes its share; rank 0 alone writes and shows.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 progress = functools.partial(tqdm, disable=RANK > 0)
+# what libraries raise on odd files
+DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError, SyntaxError, EOFError,
+          ArithmeticError, struct.error, zlib.error, zipfile.BadZipFile, pickle.PickleError, SafetensorError,
+          TemplateError, Image.DecompressionBombError)
 
 # the paper's Table 4, as sophia_min.CRITERIA asks for them
 FAULTS = ("logical soundness", "correct reasoning", "error identification", "language consistency", "redundancy")
@@ -136,8 +142,8 @@ class Example:
     solution: str  # without <answer> tags
     image: str | None  # a path
     source: str
-    soundness: Callable[[str], float] | None = field(default=None, compare=False, repr=False)  # the toy's oracle
-    critique: Callable[[str], str] | None = field(default=None, compare=False, repr=False)  # and its reasons
+    soundness: Callable[[str], float] | None = field(default=None, compare=False, repr=False)
+    critique: Callable[[str], str] | None = field(default=None, compare=False, repr=False)
 
 @contextmanager
 def _pillow(path):
@@ -150,7 +156,7 @@ def _pillow(path):
                     "L;2", "L;4", "I;16B", "RGB;16B")):
                 raise ValueError(f"unusual {picture.format}, {picture.mode}")
             yield picture
-    except Exception as error:  # changing a file's bytes at random makes Pillow raise a dozen kinds
+    except DAMAGE as error:
         raise DataError(f"path: {str(path)!r} can't be read as a picture, save it as 8-bit PNG or JPEG: {error!r}"
                         ) from error
 
@@ -370,7 +376,7 @@ class Processor:
                                            for part in parts]} for role, *parts in messages]
         try:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except Exception as error:
+        except DAMAGE as error:
             raise ValueError(f"its chat template fails: {error}") from error
         return [piece for piece in self.special.split(text) if piece]
 
@@ -431,7 +437,7 @@ def digest(examples):
 # -------- model folders
 
 def device_and_dtype(config):
-    """(device, dtype, attention) to compute with: bf16 and, where it can be used, flash-attn on CUDA."""
+    """(device, dtype, attention) to compute with: on CUDA bf16 and, if it can be, flash-attn."""
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device.startswith("cuda")
     torch.backends.cuda.enable_cudnn_sdp(False)  # its backward gives NaN for some masks: pytorch issue 196678
@@ -459,7 +465,7 @@ def load(name, config):
                 raise ValueError(f"{len(keys)} weights are {fault} in its *.safetensors, first {keys[0]}.")
         if len(processor.tokenizer) > len(model.get_input_embeddings().weight):
             raise ValueError("its tokenizer has more tokens than its model has embeddings.")
-    except Exception as error:
+    except DAMAGE as error:
         file = "its *.safetensors are damaged: " * isinstance(error, SafetensorError)
         network = " Is there such an id, and a network or a cached copy?" * (not Path(name).exists())
         raise SystemExit(f"{name} can't be used: {file}{' '.join(str(error).split())[:400]}{network}") from error
@@ -485,7 +491,7 @@ def read_adapter(folder, layers, rank=0):
             raise ValueError(f"made for {adapter_base(folder)}, it isn't rank {rank} on linear layers of the language "
                              f"model alone: {', '.join([*weights, *odd][:3])}")
         return settings["lora_alpha"] / rank, pairs
-    except Exception as error:
+    except DAMAGE as error:
         raise SystemExit(f"{folder} can't be used as an adapter: {error!r}") from error
 
 def adapter_base(folder):
@@ -505,8 +511,8 @@ def write_adapter(folder, pairs, alpha, base):
 
 # -------- text measures
 
-# A number or an option is read into tokens, in one spelling for what Unicode, LaTeX and Markdown write in many (`read`),
-# without sloppy capitals and idle brackets (`fold`). Numbers compare as numbers, all else as tokens.
+# A number or an option is read into tokens, one spelling for the many of Unicode, LaTeX and Markdown (`read`), without
+# sloppy capitals and idle brackets (`fold`). Numbers compare as numbers, all else as tokens.
 
 LONGEST = 400  # characters; a longer text is no number, but words
 SAME_SIGN = str.maketrans("−–—‐⁄∕∶×·⋅٫٬،。٪‘’′“”″", "----//:***.,,.%'''\"\"\"")
@@ -527,7 +533,7 @@ ANSWER_IS = re.compile(r"^(?:(?:so|therefore|the|my|final|correct|right|best),? 
 DIGITS = r"(?:(?<![(\[,])[1-9]\d{0,2}(?:(?:,\d{3})+|(?: \d{3})+)(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+"
 TOKEN = re.compile(rf"(?:{DIGITS})(?:[eE][+-]?\d{{1,3}}(?!\d))?|(?<= )- |[A-Z]{{0,2}}\$|''|[<>!]=|"
                    r"[^\W\d_Α-Ψα-λν-ω]+|\S")
-UNSPACED = (  # Thai to Khmer, Japanese, Chinese
+UNSPACED = (
     "[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 LABEL = re.compile(r"(?:(?:[(\[] )?(\w+)((?: [)\]])?(?: [.:,、–])?)(?: |$))?(.*)")  # B, (B), B. 60, B (60), 2) cat
 
@@ -725,23 +731,23 @@ def rouge(answer, truth):
 
 # -------- the toy world
 
-# A small input for the real road: pictures of shapes or letters, questions of every problem type, an oracle that knows
-# whether thinking is sound, and a warm start with bad habits that GRPO can unlearn.
+# A small input for the real road: pictures of shapes or letters, questions of every type, an oracle that knows sound
+# thinking, and a warm start with bad habits that GRPO can unlearn.
 COLOURS = {"red": (214, 39, 40), "green": (44, 160, 44), "blue": (31, 80, 220), "yellow": (240, 200, 30)}
 SIDES = {"circle": 90, "square": 4, "triangle": 3}
 SHAPES, LETTERS = tuple(SIDES), ("C", "E", "H", "S", "T", "X")
 GLYPHS = dict.fromkeys(PROBLEM_TYPES, SHAPES) | {"OCR": LETTERS}
-CELLS = ("first", "second", "third", "fourth")  # row by row, two a row
-PANELS = ("white", "#dcdcdc", "#ffe8d0", "#d8ecff")  # their backgrounds
+CELLS = ("first", "second", "third", "fourth")
+PANELS = ("white", "#dcdcdc", "#ffe8d0", "#d8ecff")
 SPANISH = {"red": "rojo", "green": "verde", "blue": "azul", "yellow": "amarillo", "is": "es"}
 ENGLISH = {spanish: english for english, spanish in SPANISH.items()}
 GUESSING = re.compile(r"\b(guess|usually|probably|perhaps|maybe|assum|no need to look)", re.I)
-SOUND = 0.7  # less has a flaw of fact, logic or support, not of style alone
-FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # "lucky": wrong thinking, correct answer
+SOUND = 0.7  # below is a flaw of fact, logic or support
+FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # lucky: wrong thinking, right answer
 PROBLEMS = {"numerical": ("How many shapes are there?",), "OCR": ("Read the letters.",),
             "free-form": ("Describe the picture.", "What do you see?"),
             "multiple choice": ("Which colour is {}?", "Which shape is {}?")}
-TEMPTING = ("What do you see?", "Which shape is fourth?")  # mostly answered in haste, as is what has much to count
+TEMPTING = ("What do you see?", "Which shape is fourth?")  # mostly answered in haste, as is much to count
 SHOWN = dict.fromkeys(("train", "held-out"), {  # part: how many shapes or letters its scenes show
     "numerical": (1, 2, 3, 4), "multiple choice": (4,), "OCR": (4,), "free-form": (2,)}) | {
     "shifted": {"multiple choice": (4,), "OCR": (3,), "free-form": (3,)}}  # it also asks for the cells in the middle
@@ -902,14 +908,14 @@ CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% endif %}"""  # Qwen's layout
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                   "<|video_pad|>"]
-# More words that a judge is asked with: known whole, they make its prompt short.
+# words that judges are asked with: known whole, they make prompts short
 ASKED = ("Rate well answers below thought through. Write from 0 to 1, steps of 0.1, and nothing else. check each claim "
          "thinking, a few words. Then write \"score:\" wrong logical soundness: follows before correct reasoning facts "
          "methods right, shows them error identification flaw, guess, unsupported assumption language consistency "
          "throughout redundancy concise, said twice")
 
 def toy_tokenizer():
-    """A byte-level BPE tokenizer, like Qwen's, that knows the toy's words whole and any other text by its bytes."""
+    """A byte-level BPE tokenizer, like Qwen's, that knows the toy's words whole."""
     rng, words = random.Random(0), [SYSTEM_PROMPT, *ANSWER_FORM.values(), ASKED, "system", "user", "assistant"]
     for question in toy_questions(2000, 0):
         words += [question.problem, question.response(rng, question.habit(rng))]
@@ -928,7 +934,7 @@ def toy_model(seed=0):
     pixels, one cell of a 56 x 56 toy picture."""
     tokenizer = toy_tokenizer()
     pad, _, end, vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
-    init = {"initializer_range": 0.08}  # 0.02, the default, is for wide models: this one would read nothing for long
+    init = {"initializer_range": 0.08}  # 0.02 is for wide models: this one would read nothing for long
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=128, intermediate_size=320, num_hidden_layers=4,
@@ -1115,7 +1121,7 @@ def read_checkpoint(config, examples):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if state["rows"] != digest(examples):
             raise SystemExit(f"{config.data} doesn't hold the rows that the run began with; restore them")
-    except Exception as error:
+    except DAMAGE as error:
         raise SystemExit(f"{path} is damaged and wasn't loaded: {' '.join(str(error).split())[:200]}. Restore it "
                          "from a copy, or start the run again.") from error
     cut_log(config.out, state["step"])
@@ -1132,7 +1138,7 @@ def paired_difference(before, after):
     return f"{changes.mean():+.3f}, 95% interval {changes.mean() - half:+.3f} to {changes.mean() + half:+.3f}"
 
 def evaluation(examples, texts, right, format_rate, step, out):
-    """What eval.json says; `right` is a 0/1 a question, `soundness` the share of right answers with sound thinking. With
+    """What eval.json says; `right` is a 0/1 a question, `soundness` the share of right answers that think soundly. With
     `step` the answers join the rollouts in `out`."""
     if step is not None:
         append_rows(Path(out, "rollouts.jsonl"), [
@@ -1172,7 +1178,7 @@ def table(results):
     return text
 
 def thumbnail(path):
-    """A picture in small, as base64 of a PNG: the report needs no file but its own."""
+    """A picture in small, as base64 of a PNG, for the report."""
     file, picture = io.BytesIO(), open_picture(path)
     picture.thumbnail((320, 320))
     picture.save(file, "PNG")
