@@ -303,7 +303,7 @@ class Prompt:
     grid: torch.Tensor | None = None
 
 def blank_picture(config):
-    """The Prompt of a picture of one token, for nobody to continue."""
+    """The Prompt of a picture of one token."""
     vision = config.vision_config
     side, values = vision.spatial_merge_size, vision.in_channels * vision.temporal_patch_size * vision.patch_size ** 2
     return Prompt([config.vision_start_token_id, config.image_token_id, config.vision_end_token_id],
