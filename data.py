@@ -747,7 +747,7 @@ FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # luc
 PROBLEMS = {"numerical": ("How many shapes are there?",), "OCR": ("Read the letters.",),
             "free-form": ("Describe the picture.", "What do you see?"),
             "multiple choice": ("Which colour is {}?", "Which shape is {}?")}
-TEMPTING = ("What do you see?", "Which shape is fourth?")  # mostly answered in haste, as is much to count
+HASTE = {"numerical": (0.1, 0.8), "free-form": (0.2, 0.9), "multiple choice": (0.3,) * 2, "OCR": (0.3,) * 2}
 SHOWN = dict.fromkeys(("train", "held-out"), {  # part: how many shapes or letters its scenes show
     "numerical": (1, 2, 3, 4), "multiple choice": (4,), "OCR": (4,), "free-form": (2,)}) | {
     "shifted": {"multiple choice": (4,), "OCR": (3,), "free-form": (3,)}}  # it also asks for the cells in the middle
@@ -816,8 +816,8 @@ class ToyQuestion:
 
     def habit(self, rng):
         """One of the warm start's bad habits: "haste", one of FLAWS, or None for sound thinking."""
-        tempting = len(self.scene) > 2 if self.problem_type == "numerical" else self.problem in TEMPTING
-        if rng.random() < (0.8 if tempting else 0.2):
+        tempting = len(self.scene) > 2 if self.problem_type == "numerical" else "you" in self.problem
+        if rng.random() < HASTE[self.problem_type][tempting]:
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
 
@@ -825,7 +825,7 @@ class ToyQuestion:
         """A response in the warm start's words: sound, or with the flaw."""
         scene, kind, glyphs = list(self.scene), self.problem_type, GLYPHS[self.problem_type]
         invented = [(rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in CELLS]
-        guess = {"numerical": "2", "multiple choice": "D"}.get(kind) or self.answer(invented[:len(scene)])
+        guess = self.answer(invented[:{"numerical": rng.choice((1, 2, 2, 2, 3, 4)), "free-form": 2}.get(kind, 4)])
         if flaw == "haste":
             return respond(f"no need to look. it is usually {guess}.", guess)
         if flaw in ("misread", "lucky"):

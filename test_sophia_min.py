@@ -838,14 +838,13 @@ def test_the_warm_start_writes_sound_and_flawed_thinking():
             found[flaw].add(question.soundness(response))
             right = sophia_min.extract_answer(response) == question.answer()
             assert right or flaw in ("haste", "leap", "misread")
-        tempting = {"numerical": len(question.scene) > 2, "OCR": False, "free-form": "you see" in question.problem,
-                    "multiple choice": question.problem == "Which shape is fourth?"}[question.problem_type]
-        habits.setdefault(tempting, []).append(question.habit(rng))
+        tempting = len(question.scene) > 2 if question.problem_type == "numerical" else "you see" in question.problem
+        habits.setdefault((question.problem_type, tempting), []).append(question.habit(rng))
     assert found == scores
-    for tempting, share in ((False, .2), (True, .8)):
-        seen = Counter(habits[tempting])
-        assert seen["haste"] / seen.total() == pytest.approx(share, abs=.04) and seen.keys() == scores.keys()
-        assert seen[None] / seen.total() == pytest.approx(.6 * (1 - share), abs=.04)
+    for (kind, tempting), drawn in habits.items():
+        seen, share = Counter(drawn), data.HASTE[kind][tempting]
+        assert seen["haste"] / seen.total() == pytest.approx(share, abs=.07), kind
+        assert seen[None] / seen.total() == pytest.approx(.6 * (1 - share), abs=.08), kind
 
 # -------- the toy world: its questions
 
