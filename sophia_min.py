@@ -1,6 +1,6 @@
 """sophia_min: SophiaVL-R1's Trust-GRPO (arXiv 2505.17018) in one readable file.
 
-    python sophia_min.py                                  # the toy world on a CPU: learns in 5 to 8 minutes
+    python sophia_min.py                                  # the toy world on a CPU: learns in 8 to 15 min
     python sophia_min.py --trust off --out runs/no_trust  # the same without Eq. 3, from the same start
     python sophia_min.py --model Qwen/Qwen2.5-VL-3B --data rows.json --image_root images    # the real one, on a GPU
     torchrun --nproc_per_node=8 sophia_min.py --model Qwen/Qwen2.5-VL-7B --data rows.json --image_root images
