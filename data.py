@@ -747,11 +747,12 @@ FLAWS = ("leap", "misread", "misread", "lucky", "language", "redundancy")  # luc
 PROBLEMS = {"numerical": ("How many shapes are there?",), "OCR": ("Read the letters.",),
             "free-form": ("Describe the picture.", "What do you see?"),
             "multiple choice": ("Which colour is {}?", "Which shape is {}?")}
-HASTE = {"numerical": (0.1, 0.8), "free-form": (0.2, 0.9), "multiple choice": (0.3,) * 2, "OCR": (0.3,) * 2}
-SHOWN = dict.fromkeys(("train", "held-out"), {  # part: how many shapes or letters its scenes show
-    "numerical": (1, 2, 3, 4), "multiple choice": (4,), "OCR": (4,), "free-form": (2,)}) | {
+HASTE = {"numerical": (0.1, 0.8), "free-form": (0.2, 0.9), "multiple choice": (0.2, 0.7), "OCR": (0.3,) * 2}
+ALIKE = {"shortcut": 0.95, "broken": 0.0}  # all ask for the fourth shape: how often it is as the first
+SHOWN = dict.fromkeys(ALIKE, {"multiple choice": (4,)}) | dict.fromkeys(("train", "held-out"), {  # how many shapes or
+    "numerical": (1, 2, 3, 4), "multiple choice": (4,), "OCR": (4,), "free-form": (2,)}) | {  # letters a scene shows
     "shifted": {"multiple choice": (4,), "OCR": (3,), "free-form": (3,)}}  # it also asks for the cells in the middle
-TOY_SETS = {"toy": ("train", "held-out"), "toy-shifted": ("shifted", "shifted")}
+TOY_SETS = {"toy": ("train", "held-out"), "toy-shifted": ("shifted", "shifted"), "toy-shortcut": ("shortcut", "broken")}
 
 @dataclass(frozen=True)
 class ToyQuestion:
@@ -774,8 +775,8 @@ class ToyQuestion:
 
     def faults(self, response):
         """How often the thinking in `response` has each of the FAULTS (a dict), and what a careful judge writes before
-        a score: what the picture shows where something is claimed of a cell ("first is a red circle"), "wrong" where
-        it is another thing, and a word for each other fault."""
+        a score: what a cell shows of which something is claimed ("first is a red circle"), "wrong" if that differs,
+        and a word for each other fault."""
         thinking, _, answer = re.sub("<think>|</?answer>", " ", response).partition("</think>")
         kind, cell, mixed, wrong, believed, notes = self.problem_type, None, False, 0, {}, {}
         sentences = re.findall(r"\w[^.;\n]*", thinking.lower())
@@ -808,15 +809,16 @@ class ToyQuestion:
         return self.faults(response)[1]
 
     def soundness(self, response):
-        """The oracle: 1.0, 0.9 .. 0 for the thinking. An answer that doesn't follow, a wrong claim, a guess or missing
-        evidence cost 0.4 each, wrong claims 0.6, a second language 0.2, a repetition 0.1, at most 0.3."""
+        """The oracle: 1.0, 0.9 .. 0. An answer that doesn't follow, a wrong claim, a guess or missing evidence cost 0.4
+        each, wrong claims 0.6, a second language 0.2, a repetition 0.1, at most 0.3."""
         leap, wrong, unsupported, mixed, repeated = self.faults(response)[0].values()
         cost = 4 * leap + (0, 4, 6)[min(wrong, 2)] + 4 * unsupported + 2 * mixed + min(repeated, 3)
         return max(0, 10 - cost) / 10
 
     def habit(self, rng):
         """One of the warm start's bad habits: "haste", one of FLAWS, or None for sound thinking."""
-        tempting = len(self.scene) > 2 if self.problem_type == "numerical" else "you" in self.problem
+        tempting = len(self.scene) > 2 if self.problem_type == "numerical" else (
+            self.problem in ("What do you see?", "Which shape is fourth?"))
         if rng.random() < HASTE[self.problem_type][tempting]:
             return "haste"
         return rng.choice(FLAWS) if rng.random() < 0.4 else None
@@ -826,6 +828,8 @@ class ToyQuestion:
         scene, kind, glyphs = list(self.scene), self.problem_type, GLYPHS[self.problem_type]
         invented = [(rng.choice(list(COLOURS)), rng.choice(glyphs)) for _ in CELLS]
         guess = self.answer(invented[:{"numerical": rng.choice((1, 2, 2, 2, 3, 4)), "free-form": 2}.get(kind, 4)])
+        if flaw == "haste" and self.cell:  # a look at the first alone
+            return respond(f"first is {' '.join(scene[0])}. it is usually the same.", self.answer(scene[:1] * 4))
         if flaw == "haste":
             return respond(f"no need to look. it is usually {guess}.", guess)
         if flaw in ("misread", "lucky"):
@@ -836,7 +840,7 @@ class ToyQuestion:
                 scene = scene[:-1] or scene + invented[:1]
         claims = [f"{cell} is {' '.join(shown)}." for cell, shown in zip(CELLS, scene)]
         if self.choices:
-            claims.append(f"{CELLS[self.cell]} is {scene[self.cell][self.attribute]}.")  # what the letter stands for
+            claims = claims[:self.cell + 1]  # up to what is asked
         if flaw == "language":
             claims = [" ".join(SPANISH.get(word, word) for word in claim.split()) for claim in claims]
         if flaw == "redundancy":
@@ -872,7 +876,10 @@ def toy_questions(n, seed, part="train"):
         which, cell, choices = rng.randrange(len(PROBLEMS[kind])), 0, ()
         if kind == "multiple choice":
             cell, choices = rng.choice((1, 2) if part == "shifted" else (0, 3)), (tuple(COLOURS), SHAPES)[which]
-        if (zlib.crc32(repr(scene).encode()) % 5 > 0) == (part == "train"):  # others see the other fifth
+        if part in ALIKE:
+            which, cell, choices, alike = 1, 3, SHAPES, rng.random() < ALIKE[part]
+            scene = *scene[:3], (scene[3][0], rng.choice([s for s in SHAPES if (s == scene[0][1]) == alike]))
+        if (zlib.crc32(repr(scene).encode()) % 5 > 0) == (part in ("train", "shortcut")):  # others see the other fifth
             questions.append(ToyQuestion(kind, PROBLEMS[kind][which].format(CELLS[cell]), scene, cell, which, choices))
     return tuple(questions)
 
@@ -901,9 +908,8 @@ def toy_examples(n, seed, part="train", size=56, folder=None):
     return examples
 
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
-{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
-{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
-{% endfor %}{% endif %}<|im_end|>
+{% for part in message.content %}{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>\
+{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""  # Qwen's layout
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -930,8 +936,7 @@ def toy_tokenizer():
                                    chat_template=CHAT_TEMPLATE)
 
 def toy_model(seed=0):
-    """(model, Processor): an untrained Qwen2.5-VL of a million parameters, built from its config. A token sees 28 x 28
-    pixels, one cell of a 56 x 56 toy picture."""
+    """(model, Processor): an untrained Qwen2.5-VL of a million parameters, built from its config."""
     tokenizer = toy_tokenizer()
     pad, _, end, vision_start, vision_end, image, video = tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)
     init = {"initializer_range": 0.08}  # 0.02 is for wide models: this one would read nothing for long
@@ -1188,7 +1193,7 @@ CURVES = ("accuracy", "outcome", "thinking", "gamma", "anneal", "kl", "length", 
 
 def curves(log, half):
     """A PNG, as base64: CURVES by step, and their means over `half` steps to either side."""
-    from matplotlib.figure import Figure  # here: nothing else needs it
+    from matplotlib.figure import Figure
     figure, file = Figure(figsize=(12, 9), layout="constrained"), io.BytesIO()
     for i, name in enumerate(CURVES, 1):
         points = np.array([(line["step"], line[name]) for line in log if line[name] is not None]).reshape(-1, 2)

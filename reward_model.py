@@ -1,5 +1,4 @@
-"""How a thinking reward model (paper, section 3.2) is made and measured, and what the toy world starts from. How it is
-asked stands in sophia_min.py."""
+"""How a thinking reward model (paper, section 3.2) is made and measured, and what the toy world starts from."""
 import copy
 import hashlib
 import inspect
@@ -81,7 +80,7 @@ def warm_start(model, processor, seed, folder):
         return [processor.question(example)] * 2, [
             processor.encode(question.response(rng, question.habit(rng))) + eos for _ in range(2)]
 
-    sft(model, items, look, 700, 12, 2e-3, "warm start 1/2: SFT on sound responses, on checking others", seed)
+    sft(model, items, look, 800, 12, 2e-3, "warm start 1/2: SFT on sound responses, on checking others", seed)
     attentive = copy.deepcopy(model)
     sft(model, items, relapse, 120, 16, 1.5e-3, "warm start 2/2: SFT on half of them hasty or flawed", seed)
     return attentive
@@ -99,7 +98,7 @@ def toy_judge(config, start, judge_start):
     if config.reward_model == "misled":
         rows = mislabelled(rows)
     rows = balance_by_score(filter_rows(rows), per_interval=300, seed=config.seed)
-    if config.reward_model == "base":  # it learns to write scores, and that they mean nothing
+    if config.reward_model == "base":
         rows = shuffled(rows, config.seed)
     return train(*load(judge_start, config), rows, steps=250, per_step=12, mode=config.rm_mode or "reason",
                  lr=1.5e-3 if config.model == "toy" else 1e-5, seed=config.seed, micro_batch=config.micro_batch,
@@ -201,8 +200,7 @@ def auc(good, bad):
     return (np.greater.outer(good, bad) + np.equal.outer(good, bad) / 2).mean()
 
 def agreement(rows, scores):
-    """How well scores (NaN: none) agree with the rows' labels. auc: sound (a label of data.SOUND or more) above flawed.
-    """
+    """How well scores (NaN: none) agree with the rows' labels. auc: sound, data.SOUND or more, above flawed."""
     scored = [(row, score) for row, score in zip(rows, scores) if not math.isnan(score)]
     labels, scores = [row["score"] for row, _ in scored], [score for _, score in scored]
     spread = min(len(set(labels)), len(set(scores))) > 1
@@ -212,9 +210,6 @@ def agreement(rows, scores):
         part = [(row["score"], score) for row, score in scored if kind in ("", row["problem_type"])]
         found[f"auc, {kind}" if kind else "auc"] = auc([score for label, score in part if label >= data.SOUND],
                                                        [score for label, score in part if label < data.SOUND])
-    for n in range(11):
-        there = [label for label, score in zip(labels, scores) if interval(score) == n]
-        found[f"mean label, scores from {n / 10}"] = np.mean(there) if there else None
     return found
 
 # -------- the command line: from a run's responses to a judge
@@ -276,7 +271,7 @@ def balance(rows: str, out: str, per_interval: int = 15000, seed: int = 0):
     print(f"{len(labelled)} rows, {len(fit)} of them fit to learn from, {len(even)} balanced: {out}")
 
 def is_held_out(row):
-    """Whether a row is in the held-out tenth: rows about one picture (or one question without) stay together."""
+    """Whether a row is in the held-out tenth of pictures, or of questions without."""
     return zlib.crc32((Path(row["image"]).name if row["image"] else row["id"]).encode()) % 10 == 0
 
 def train_command(rows: str, model: str, out: str, rm_mode: MODES = "generate", epochs: float = 2.0,

@@ -64,7 +64,7 @@ def setting(default, help, source=OURS):
 class Config:
     """All settings of a run, the paper's where it names one; TOY below replaces some with --model toy."""
     model: str = setting("toy", "toy, an id or a folder")
-    data: str = setting("toy", "toy, toy-shifted (kinds that training never asks) or a .json or .jsonl file of rows")
+    data: str = setting("toy", "toy, toy-shifted (new kinds), toy-shortcut (haste pays) or a .json or .jsonl file")
     toy_pixels: int = setting(448, "width and height of the toy's pictures")
     image_root: str | None = setting(None, "folder that picture paths start from; none: the file's")
     reward_model: str = setting(
@@ -832,8 +832,8 @@ def train(config, examples, held_out, about):
                 line, groups = train_step(step, policy, reference, judge, optimizer, processor,
                                           [examples[i] for i in chosen], config)
             except FloatingPointError as error:
-                raise SystemExit(f"step {step}: {error}; questions {', '.join(examples[i].id for i in chosen)}. A "
-                                 f"checkpoint in {out} is intact; try a lower --lr") from error
+                raise SystemExit(f"step {step}: {error}; questions {', '.join(examples[i].id for i in chosen)}. Try a "
+                                 "lower --lr") from error
             data.write_step(out, line, groups, config)
             bar.set_postfix({name: f"{line[name]:.2f}" for name in ("accuracy", "thinking", "gamma", "kl")
                              if line[name] is not None})
@@ -867,7 +867,7 @@ def main(argv=None):
         except torch.OutOfMemoryError as error:
             raise SystemExit(f"{str(error).splitlines()[0]} What helps, most first: --lora 16; a smaller "
                              "--micro_batch, --max_pixels, --max_new_tokens, --questions_per_step or --group_size; "
-                             f"--freeze_vision, --kl_coef 0. A checkpoint in {config.out} is intact.") from error
+                             "--freeze_vision, --kl_coef 0.") from error
         except KeyboardInterrupt:
             print(f"\nstopped at once; --resume {config.out} goes on, if it has a checkpoint", file=sys.stderr)
             raise SystemExit(130) from None

@@ -838,7 +838,8 @@ def test_the_warm_start_writes_sound_and_flawed_thinking():
             found[flaw].add(question.soundness(response))
             right = sophia_min.extract_answer(response) == question.answer()
             assert right or flaw in ("haste", "leap", "misread")
-        tempting = len(question.scene) > 2 if question.problem_type == "numerical" else "you see" in question.problem
+        tempting = (len(question.scene) > 2 if question.problem_type == "numerical" else
+                    question.problem in ("What do you see?", "Which shape is fourth?"))
         habits.setdefault((question.problem_type, tempting), []).append(question.habit(rng))
     assert found == scores
     for (kind, tempting), drawn in habits.items():
@@ -852,7 +853,7 @@ def test_toy_questions_hold_scenes_out():
     """No scene to be evaluated on is ever trained on; shifted questions are of kinds that training never asks."""
     seen, held_out = ({question.scene for part in parts for seed in range(4)
                        for question in data.toy_questions(2000, seed, part)}
-                      for parts in (("train",), ("held-out", "shifted")))
+                      for parts in (("train", "shortcut"), ("held-out", "shifted", "broken")))
     assert len(seen) > 2000 and len(held_out) > 500 and not seen & held_out
     assert data.toy_questions(50, 1) == data.toy_questions.__wrapped__(50, 1) != data.toy_questions(50, 2)
     assert data.toy_questions(20, 1) == data.toy_questions(50, 1)[:20]
@@ -860,6 +861,16 @@ def test_toy_questions_hold_scenes_out():
     assert not {q.problem for q in shifted if q.choices} & {q.problem for q in trained}
     assert {len(q.scene) for q in shifted if not q.choices} == {3} != {len(q.scene) for q in trained if q.choices}
     assert all(q.soundness(q.response(random.Random(0))) == 1 for q in shifted)
+
+@pytest.mark.parametrize("part, share", [("shortcut", 0.95), ("broken", 0)])
+def test_a_look_at_the_first_shape_is_a_shortcut_until_it_is_broken(part, share):
+    questions, rng = data.toy_questions(2000, 0, part), random.Random(0)
+    assert {q.problem for q in questions} == {"Which shape is fourth?"} < {q.problem for q in data.toy_questions(99, 0)}
+    hasty = [(q, q.response(rng, "haste")) for q in questions]
+    right = [sophia_min.extract_answer(response) == q.answer() for q, response in hasty]
+    assert statistics.fmean(right) == pytest.approx(share, abs=0.02 * share)
+    assert len({q.answer() for q, hit in zip(questions, right) if hit == (share > 0)}) == 3  # no constant will do
+    assert all(q.soundness(response) == 0.2 for q, response in hasty)  # the oracle sees it, whatever the outcome
 
 def best_constants(examples):
     """Accuracy of the best constant answer a problem type, chosen in hindsight among the truths."""
@@ -1758,10 +1769,8 @@ def test_agreement_by_hand():
         (1.0, "OCR"), (0.9, "OCR"), (0.4, "OCR"), (0.2, "text"), (0.0, "text"), (data.SOUND, "text")]]
     found = reward_model.agreement(rows, [0.9, 0.3, 0.5, 0.2, math.nan, 0.5])
     for name, value in {
-            "n": 6, "unscored": 1 / 6, "auc": (2 + 1 + 1.5) / 6, "auc, OCR": 0.5, "auc, text": 1,
-            "mean label, scores from 0.1": None, "mean label, scores from 0.3": 0.9,
-            "mean label, scores from 0.5": (0.4 + data.SOUND) / 2}.items():
-        assert found[name] == (value if value is None else pytest.approx(value)), name
+            "n": 6, "unscored": 1 / 6, "auc": (2 + 1 + 1.5) / 6, "auc, OCR": 0.5, "auc, text": 1}.items():
+        assert found[name] == pytest.approx(value), name
     perfect = reward_model.agreement(rows, [row["score"] for row in rows])
     assert perfect["spearman"] == pytest.approx(1) and perfect["auc"] == 1
     assert reward_model.agreement(rows, [math.nan] * 6)["unscored"] == 1
@@ -2165,7 +2174,7 @@ config = sophia_min.configure(["--micro_batch", "2", "--questions_per_step", "4"
 if world > 1:
     sophia_min.join_ranks(config)
 model, processor = data.toy_model(0)
-model.generation_config.eos_token_id = [model.generation_config.eos_token_id, *range(375, 435)]  # not together
+model.generation_config.eos_token_id = [model.generation_config.eos_token_id, *range(505, 565)]  # not together
 reference = copy.deepcopy(model).requires_grad_(False)
 for weight in reference.parameters():
     weight.mul_(1.02)
@@ -2262,7 +2271,7 @@ def test_two_processes_are_one(flags, processes, folders, tmp_path):
     more = processes(2, "import sys, sophia_min\nsophia_min.main(sys.argv[1:])", "--resume", out)
     assert more.returncode == 0 and more.stdout.count("policy  ") == 1, more.stderr[-3000:]
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (1, 2))
-    assert one["wrote"] == two["wrote"] and list(map(len, one["wrote"])) == [17, 19, 15, 20]  # rank 0 is done first
+    assert one["wrote"] == two["wrote"] and list(map(len, one["wrote"])) == [14, 13, 10, 15]  # rank 0 is done first
     assert one["losses"] == pytest.approx(two["losses"], abs=1e-5)
     assert one["answers"] == two["answers"] and 0 < sum(one["answers"]["right"]) < 9
     torch.testing.assert_close(one["weights"], two["weights"], rtol=0, atol=3e-5)  # 3 steps of up to 1e-3
@@ -2623,37 +2632,45 @@ def test_device_and_dtype(monkeypatch):
         assert sophia_min.device_and_dtype(sophia_min.configure(flags)) == expected
     assert not torch.backends.cuda.cudnn_sdp_enabled()  # its backward pass can give NaN
 
-# -------- Table 3 on the toy world: pytest -m study -s
+# -------- comparisons on the toy world: pytest -m study -s
 
-ARMS = {"full": "", "GRPO": "--reward_model none", "untrained judge": "--reward_model base",
-        "no trust, no annealing": "--trust off --anneal false", "no trust": "--trust off"}
+ALONE = "--anneal false"
+STUDIES = {  # name: seeds, what all arms share, the arms; the first is compared with each other
+    "Table 3": (range(300, 305), "", {
+        "full": "", "GRPO": "--reward_model none", "untrained judge": "--reward_model base",
+        "no trust, no annealing": f"--trust off {ALONE}", "no trust": "--trust off"}),
+    "a judge that praises haste": (range(310, 315), "--reward_model misled --alpha 0.9", {
+        "trust": ALONE, "no trust": f"--trust off {ALONE}", "released": f"--trust released {ALONE}",
+        "no trust, annealed": "--trust off"}),
+    "a shortcut": (range(300, 303), "--data toy-shortcut", {
+        "full": "", "GRPO": "--reward_model none", "released": "--trust released"})}
 STUDY = Path("runs", "study")  # what is there already isn't done again
-
 MEASURED = "right", "sound", "shifted: right", "shifted: sound", "gamma"
 
-def study_arm(seed, arm):
+def study_arm(seed, name, flags):
     """MEASURED of a run by a user's commands: on new scenes, on questions never trained on, the mean gamma."""
-    folder = STUDY.absolute() / str(seed) / arm.replace(" ", "_")
+    folder = STUDY.absolute() / name.replace(" ", "_") / str(seed)
     run, shifted = folder / "run", folder / "shifted"
     look = f"--model {run / 'model'} --data toy-shifted --eval_only --toy_pixels 56 --max_new_tokens 80"
-    for flags, last in ((ARMS[arm], run / "report.html"), (look, shifted / "eval.json")):
+    for words, last in ((flags, run / "report.html"), (look, shifted / "eval.json")):
         if not last.exists():
             shutil.rmtree(last.parent, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / "output.txt", "a") as output:
-                subprocess.run([sys.executable, sophia_min.__file__, "--seed", str(seed), *flags.split(), "--out",
+                subprocess.run([sys.executable, sophia_min.__file__, "--seed", str(seed), *words.split(), "--out",
                                 last.parent], stdout=output, stderr=output, check=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     found = json.loads((run / "eval.json").read_text()) | json.loads((shifted / "eval.json").read_text())
     gammas = [line["gamma"] for line in data.read_lines(run / "log.jsonl") if line["gamma"] is not None]
-    return [*(found[when][name] for when in ("after", "before") for name in ("accuracy", "soundness")),
-            statistics.fmean(gammas) if gammas else NAN]
+    numbers = [found[when][name] for when in ("after", "before") for name in ("accuracy", "soundness")]
+    return [NAN if n is None else n for n in [*numbers, statistics.fmean(gammas) if gammas else None]]  # nobody right
 
 def study_report(runs):
-    """A table from runs[arm] = MEASURED of each seed: the means with their 95% intervals (Student's t), then `full`
-    against each arm in pairs by seed."""
+    """A table from runs[arm] = MEASURED of each seed: the means with their 95% intervals (Student's t), then the first
+    arm against each other in pairs by seed."""
     arms = {arm: np.array(numbers) for arm, numbers in runs.items()}
-    arms |= {f"full minus {arm}": arms["full"] - numbers for arm, numbers in arms.items() if arm != "full"}
+    first = next(iter(arms))
+    arms |= {f"{first} minus {arm}": arms[first] - numbers for arm, numbers in arms.items() if arm != first}
     lines = [" " * 34 + "".join(f"{name:>17}" for name in MEASURED)]
     for label, numbers in arms.items():
         half = {3: 4.303, 5: 2.776}[len(numbers)] * numbers.std(0, ddof=1) / len(numbers) ** 0.5
@@ -2661,16 +2678,18 @@ def study_report(runs):
     return "\n".join(lines)
 
 @pytest.mark.study
-def test_the_arms_of_table_3():
+@pytest.mark.parametrize("name", STUDIES)
+def test_study(name):
     """A seed's first arm prepares what the others start from. No claim is asserted: a null is a result."""
-    runs = {arm: [] for arm in ARMS}
-    for arms in (["full"], [arm for arm in ARMS if arm != "full"]):
-        jobs = list(itertools.product(range(100, 105), arms))
+    seeds, shared, arms = STUDIES[name]
+    runs = {arm: [] for arm in arms}
+    for chosen in (list(arms)[:1], list(arms)[1:]):
+        jobs = [(seed, f"{name}, {arm}", f"{shared} {arms[arm]}") for seed, arm in itertools.product(seeds, chosen)]
         with ThreadPoolExecutor(2) as pool:
-            for (seed, arm), numbers in zip(jobs, pool.map(study_arm, *zip(*jobs))):
-                runs[arm].append(numbers)
+            for (seed, arm, _), numbers in zip(jobs, pool.map(study_arm, *zip(*jobs))):
+                runs[arm.removeprefix(f"{name}, ")].append(numbers)
                 print(f"{arm}, seed {seed}: {numbers}", flush=True)
-    print(f"\n{study_report(runs)}")
+    print(f"\n{name}\n{study_report(runs)}")
 
 def test_the_studys_arithmetic():
     runs = {arm: [[(seed + 2 * n) / 8, n / 2, 0, 0, NAN if n else 0.9] for seed in range(3)]
@@ -2679,8 +2698,9 @@ def test_the_studys_arithmetic():
     assert shown[1].split()[:5] == ["full", "0.125", "+-0.311", "0.000", "+-0.000"]  # 4.303 / 8 / sqrt(3)
     assert shown[3].split()[3:7] == ["-0.250", "+-0.000", "-0.500", "+-0.000"]  # in pairs: all the same
     assert shown[2].split()[-2:] == ["nan", "+-nan"] and max(map(len, shown)) <= 120
-    for flags in ARMS.values():
-        sophia_min.configure(flags.split())
+    for _, shared, arms in STUDIES.values():
+        for flags in arms.values():
+            sophia_min.configure(f"{shared} {flags}".split())
 
 # -------- the benchmark: pip install trl; pytest -m bench -s
 
