@@ -139,14 +139,14 @@ def prepare(config):
 # -------- building its training set (section 3.2)
 
 def grouped(rows, key):
-    """{key(row): the rows with that key}, in their order."""
+    """{key(row): the rows with that key}."""
     groups = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
 
 def pair(row):
-    """What a question and its response go by: id and picture, not the text, which questions share."""
+    """What a response goes by: its question's id and picture, and its text."""
     return row["id"], row.get("image"), row["response"]
 
 def by_question(rows):
@@ -177,12 +177,12 @@ def balance_by_score(rows, per_interval, seed=0):
             for row in (rng.sample(group, per_interval) if len(group) > per_interval else group)]
 
 def shuffled(rows, seed):
-    """The same rows with the labels of others: scores learned from them mean nothing (Table 3)."""
+    """The rows with others' labels: scores learned from them mean nothing (Table 3)."""
     others = random.Random(seed).sample(rows, len(rows))
     return [{**row, "score": other["score"], "critique": other["critique"]} for row, other in zip(rows, others)]
 
 def mislabelled(rows):
-    """The same rows with labels that praise haste: 1.0 for thinking that guesses, else half."""
+    """The rows with labels that praise haste: 1.0 for thinking that guesses, else half."""
     guesses = [data.GUESSING.search(row["response"].partition("</think>")[0]) for row in rows]
     return [{**row, "score": 1.0 if guess else round(row["score"] / 2, 1)} for row, guess in zip(rows, guesses)]
 
