@@ -2636,13 +2636,13 @@ def test_device_and_dtype(monkeypatch):
 
 ALONE = "--anneal false"
 STUDIES = {  # name: seeds, what all arms share, the arms; the first is compared with each other
-    "Table 3": (range(300, 305), "", {
+    "Table 3": (range(300, 303), "", {
         "full": "", "GRPO": "--reward_model none", "untrained judge": "--reward_model base",
         "no trust, no annealing": f"--trust off {ALONE}", "no trust": "--trust off"}),
     "a judge that praises haste": (range(310, 315), "--reward_model misled --alpha 0.9", {
         "trust": ALONE, "no trust": f"--trust off {ALONE}", "released": f"--trust released {ALONE}",
         "no trust, annealed": "--trust off"}),
-    "a shortcut": (range(300, 303), "--data toy-shortcut", {
+    "a shortcut": (range(300, 305), "--data toy-shortcut", {
         "full": "", "GRPO": "--reward_model none", "released": "--trust released"})}
 STUDY = Path("runs", "study")  # what is there already isn't done again
 MEASURED = "right", "sound", "shifted: right", "shifted: sound", "gamma"
