@@ -838,6 +838,8 @@ def test_the_warm_start_writes_sound_and_flawed_thinking():
             found[flaw].add(question.soundness(response))
             right = sophia_min.extract_answer(response) == question.answer()
             assert right or flaw in ("haste", "leap", "misread")
+            last = response.removeprefix("<think>").partition(".</think>")[0].split(". ")[-1]
+            assert flaw or not question.choices or last.startswith(data.CELLS[question.cell])  # no look beyond
         tempting = (len(question.scene) > 2 if question.problem_type == "numerical" else
                     question.problem in ("What do you see?", "Which shape is fourth?"))
         habits.setdefault((question.problem_type, tempting), []).append(question.habit(rng))
