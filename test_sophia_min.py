@@ -1939,7 +1939,7 @@ def test_the_toys_start_and_judge_are_prepared_once(tmp_path, monkeypatch):
     (_, fair), (_, misled), (mode, base), (other, _), _ = learned
     assert (mode, other) == ("reason", "generate") and made == [0, 1]
     assert fair == {(example.id, text): example.soundness(text) for example, text in answers}
-    assert misled == {key: 1.0 if "no need" in key[1] else round(score / 2, 1) for key, score in fair.items()}
+    assert misled == {key: 1.0 if "it is usually" in key[1] else round(score / 2, 1) for key, score in fair.items()}
     assert base.keys() == fair.keys() and base != fair and Counter(base.values()) == Counter(fair.values())
     policy, _, reference, judge, _ = sophia_min.load_models(sophia_min.configure(["--out", "a"]))
     toy, *loaded = (model.lm_head.weight for model in (data.toy_model(0)[0], policy, reference, judge.model))
@@ -2034,7 +2034,7 @@ def test_a_number_that_is_not_finite_stops_the_run_and_moves_nothing(flags, tmp_
     monkeypatch.setattr(sophia_min, name, lambda *args, **more: (
         spoil if next(calls) == 3 else lambda result: result)(plain(*args, **more)))
     said = end_of(capsys, flags("out", "--save_every", 1))
-    assert re.fullmatch(f"step 3: {what} .*; questions .*checkpoint.*lower --lr", said)
+    assert re.fullmatch(f"step 3: {what} .*; questions .*lower --lr", said)
     state = torch.load(tmp_path / "out" / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] == 2 and all(weight.isfinite().all() for weight in state["weights"])
 
